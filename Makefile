@@ -1,0 +1,45 @@
+# make setup | demo | test | lint | bench | test-agent: each works from a clean clone.
+#
+# PYTHON            the host's interpreter, 3.10 or newer
+# PIP_ARGS          passed to pip; where pip would fetch a CUDA build of torch, point it at PyTorch's CPU
+#                   wheels:  make demo PIP_ARGS="--extra-index-url ADDRESS"
+# AGENT_PYTHONS     the versions that test-agent looks for
+PYTHON ?= python3
+PIP_ARGS ?=
+AGENT_PYTHONS ?= 3.8 3.9 3.10 3.11 3.12 3.13 3.14
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint bench test-agent test-system clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt device_agent/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "edgekit needs Python 3.10 or newer; set PYTHON=python3.11" >&2; exit 4; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_ARGS) -e ./device_agent -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/edgekit demo
+
+test: setup lint
+	$(BIN)/pytest -q
+	$(MAKE) --no-print-directory test-agent AGENT_PYTHONS="3.8 3.11"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-agent:
+	bash tests/device_agent/run.sh $(AGENT_PYTHONS)
+
+bench: setup
+	@for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit $$?; done
+
+clean:
+	rm -rf $(VENV) .venv-agent-* .edgekit edgekit-demo

@@ -1,0 +1,1 @@
+"""Calibration: ranges of activations, scales, and the graphs made from them."""

@@ -1,0 +1,1 @@
+"""Dynamic batching: a pure policy and its asyncio shell."""

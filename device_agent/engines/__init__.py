@@ -1,0 +1,1 @@
+"""Engines: one file a runtime, behind one small interface."""

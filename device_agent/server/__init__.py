@@ -1,0 +1,1 @@
+"""Everything that listens on a socket."""

@@ -1,0 +1,1 @@
+"""What turns a graph into an engine, one runtime a file."""

@@ -1,0 +1,1 @@
+"""Bringing a bundle to devices."""

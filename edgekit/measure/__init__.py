@@ -1,0 +1,1 @@
+"""Accuracy, latency and memory, measured on the artifact that ships."""

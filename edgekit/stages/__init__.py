@@ -1,0 +1,1 @@
+"""The steps of a compression, one file each; ``registry.py`` names them."""

@@ -1,0 +1,1 @@
+"""Training on the host: one loop, used for training, distillation and recovery."""
