@@ -1,0 +1,314 @@
+"""Profiles: what a device is. Data only; one TOML file each, read strictly.
+
+    load("x86-cpu")            a profile that ships with edgekit, by name
+    load("boards/mine.toml")   one of your own, by file
+    validate(path)             the same, plus a plausibility check of its figures
+    names()                    what ships
+    to_toml(profile)           TOML that loads as an equal profile
+    digest(profile)            its identity, independent of formatting and comments
+
+Every figure that decides something (a peak, a bandwidth, a power mode) names its source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edgekit.errors import BadInput, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+# A stated peak may lie below cores x clock x operations (boost clocks, power limits), hardly above it.
+_PLAUSIBLE_PEAK_FRACTION = (0.5, 1.05)
+
+
+def _specifier(text: str) -> str:
+    try:
+        SpecifierSet(text)
+    except InvalidSpecifier as error:
+        raise ValueError("is not a version specifier such as '>=3.8,<3.9'") from error
+    return text
+
+
+Text = Annotated[str, Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Specifier = Annotated[Text, AfterValidator(_specifier)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Peak(_Strict):
+    """Dense peak rate of one precision, multiply and add counted as two operations."""
+
+    ops_per_second: Positive
+    source: Text
+
+
+class Accelerator(_Strict):
+    """What the arithmetic runs on.
+
+    Attributes:
+        kind: ``cpu`` or ``gpu``.
+        name: the part's name.
+        sm: CUDA compute capability times ten (Volta's 7.2 is 72); None where it is no NVIDIA GPU.
+        cores: CPU cores, or CUDA cores.
+        clock_mhz: the clock that the peaks are for.
+        ops_per_cycle: operations that one core starts a cycle, by precision; tensor cores' share is spread
+            over the CUDA cores. Only the plausibility check reads it.
+        source: where cores, clock and operations come from.
+    """
+
+    kind: Literal["cpu", "gpu"]
+    name: Text
+    sm: PositiveInt | None = None
+    cores: PositiveInt
+    clock_mhz: Positive
+    ops_per_cycle: dict[Precision, Positive] = {}
+    source: Text
+
+
+class Memory(_Strict):
+    """Main memory that the accelerator computes from."""
+
+    size_bytes: PositiveInt
+    bandwidth_bytes_per_second: Positive
+    source: Text
+
+
+class Runtime(_Strict):
+    """The runtime that serves on the device, and the versions of it that the profile stands for."""
+
+    name: Literal["onnxruntime", "tensorrt"]
+    versions: Specifier
+
+
+class PowerMode(_Strict):
+    """A power mode of the device; ``watts`` is None where the mode has no budget."""
+
+    name: Text
+    watts: Positive | None = None
+    source: Text
+
+
+class Profile(_Strict):
+    """A device.
+
+    Attributes:
+        name, description: for people; the name is also what ``--profile`` takes.
+        architecture: of the processor.
+        accelerator: what the arithmetic runs on.
+        peak: by precision, dense.
+        memory: size and bandwidth.
+        runtime: what serves there.
+        precisions: those that the runtime can run there, whether or not they pay.
+        alignment: channel counts that the kernels like are multiples of this, by precision.
+        highest_opset: the newest ONNX opset that every version in ``runtime.versions`` reads.
+        python: versions of Python on the device.
+        power_modes: if the device has any.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    description: Text
+    architecture: Literal["x86_64", "aarch64"]
+    highest_opset: Annotated[int, Field(ge=13)]
+    python: Specifier
+    precisions: Annotated[tuple[Precision, ...], Field(min_length=1, strict=False)]
+    accelerator: Accelerator
+    runtime: Runtime
+    memory: Memory
+    alignment: dict[Precision, PositiveInt]
+    peak: dict[Precision, Peak]
+    power_modes: Annotated[tuple[PowerMode, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Profile:
+        if len(set(self.precisions)) != len(self.precisions):
+            raise ValueError("precisions lists one twice")
+        for table in ("alignment", "peak"):
+            missing = [p for p in self.precisions if p not in getattr(self, table)]
+            if missing:
+                raise ValueError(f"{table} says nothing about {missing[0]}, which precisions lists")
+        if (self.accelerator.sm is None) == (self.runtime.name == "tensorrt"):
+            raise ValueError("accelerator.sm belongs to a profile with TensorRT, and only there")
+        return self
+
+
+def names() -> list[str]:
+    """Names of the profiles that ship with edgekit, sorted."""
+    shipped = files("edgekit") / "profiles"
+    return sorted(entry.name[: -len(".toml")] for entry in shipped.iterdir() if entry.name.endswith(".toml"))
+
+
+def load(name_or_path: str | Path) -> Profile:
+    """Read a profile by its shipped name, or from a TOML file.
+
+    Raises:
+        BadInput: no such profile, or a malformed one; the message names the file, the key and, for a
+            misspelt key, the nearest valid one.
+    """
+    name = str(name_or_path)
+    if name in names():
+        resource = files("edgekit") / "profiles" / f"{name}.toml"
+        return _parse(resource.read_text(encoding="utf-8"), f"{name}.toml")
+    path = Path(name_or_path)
+    if path.suffix != ".toml" and not path.exists():
+        raise BadInput(
+            f"there is no profile '{name}'",
+            "it is neither the name of a profile that ships with edgekit nor a .toml file",
+            nearest(name, names()),
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(
+            f"the profile {path} cannot be read",
+            str(error),
+            "give a TOML file; `edgekit profiles export NAME` prints one to start from",
+        ) from error
+    return _parse(text, str(path))
+
+
+def validate(path: str | Path) -> Profile:
+    """Read a profile and check that its figures can be true.
+
+    Raises:
+        BadInput: as ``load``, or a stated peak does not fit cores x clock x operations a cycle.
+    """
+    profile = load(path)
+    chip = profile.accelerator
+    lowest, highest = _PLAUSIBLE_PEAK_FRACTION
+    for precision, peak in profile.peak.items():
+        if precision not in chip.ops_per_cycle:
+            continue
+        computed = chip.cores * chip.clock_mhz * 1e6 * chip.ops_per_cycle[precision]
+        if not lowest * computed <= peak.ops_per_second <= highest * computed:
+            raise BadInput(
+                f"the profile {path} is not plausible: peak.{precision}.ops_per_second",
+                f"it says {peak.ops_per_second:.3g}, but {chip.cores} cores x {chip.clock_mhz:g} MHz x "
+                f"{chip.ops_per_cycle[precision]:g} operations a cycle are {computed:.3g}",
+                "correct the peak, accelerator.cores, clock_mhz or ops_per_cycle",
+            )
+    return profile
+
+
+def digest(profile: Profile) -> str:
+    """Lower-case hex SHA-256 of the profile's content."""
+    canonical = json.dumps(profile.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def to_toml(profile: Profile) -> str:
+    """The profile as TOML; ``load`` of it gives an equal profile."""
+    lines: list[str] = []
+    _write_table(profile.model_dump(mode="json", exclude_none=True), (), lines)
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+# Reading
+
+
+def _parse(text: str, where: str) -> Profile:
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"the profile {where} is not TOML", str(error), "correct that line") from error
+    try:
+        return Profile.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, where) from error
+
+
+def _explain(error: ValidationError, where: str) -> BadInput:
+    """The first fault of the file; a misspelt key before what it leaves missing."""
+    faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
+    fault = faults[0]
+    keys = [str(part) for part in fault["loc"] if part != "[key]"]
+    dotted = ".".join(keys)
+    if fault["type"] == "extra_forbidden":
+        return BadInput(
+            f"the profile {where} has the unknown key '{dotted}'",
+            f"'{keys[-1]}' is no setting of {'a profile' if len(keys) == 1 else '.'.join(keys[:-1])}",
+            nearest(keys[-1], _valid_keys(keys[:-1])),
+        )
+    if fault["type"] == "missing":
+        return BadInput(
+            f"the profile {where} lacks the key '{dotted}'",
+            "a profile has to say everything that a plan depends on",
+            f"add '{keys[-1]}'; docs/profiles.md lists all keys",
+        )
+    if fault["loc"] and fault["loc"][-1] == "[key]":
+        return BadInput(
+            f"the profile {where} has the unknown key '{dotted}'",
+            f"'{keys[-1]}' is no precision",
+            nearest(keys[-1], PRECISIONS),
+        )
+    return BadInput(
+        f"the profile {where} has a wrong value" + (f" for '{dotted}'" if dotted else ""),
+        fault["msg"].removeprefix("Value error, "),
+        "correct it; docs/profiles.md lists all keys and what they take",
+    )
+
+
+_TABLES: dict[str, type[_Strict]] = {
+    "accelerator": Accelerator,
+    "runtime": Runtime,
+    "memory": Memory,
+    "peak": Peak,
+    "power_modes": PowerMode,
+}
+
+
+def _valid_keys(table: list[str]) -> list[str]:
+    return list((_TABLES[table[0]] if table else Profile).model_fields)
+
+
+# Writing
+
+
+def _write_table(table: dict[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
+    """Plain values first, then the tables below: TOML has no way back up."""
+    for key, value in table.items():
+        if not _is_table(value) and not _is_table_array(value):
+            lines.append(f"{key} = {_value(value)}")
+    for key, value in table.items():
+        if _is_table(value):
+            lines += ["", f"[{'.'.join((*path, key))}]"]
+            _write_table(value, (*path, key), lines)
+        elif _is_table_array(value):
+            for item in value:
+                lines += ["", f"[[{'.'.join((*path, key))}]]"]
+                _write_table(item, (*path, key), lines)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_table_array(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        # JSON's string escapes are TOML's, once DEL is escaped too.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
