@@ -13,12 +13,16 @@ Standard library only; Python 3.8.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
+import os
 import re
+import stat
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, TypeVar
+from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, Type, TypeVar
 
 from device_agent.errors import ManifestError
 
@@ -37,6 +41,8 @@ PRECISIONS = ("fp32", "fp16", "int8")
 RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_PATH_BYTES = 150  # with the next limit, every path fits a ustar header
+_PATH_PART_BYTES = 100
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -194,8 +200,14 @@ def loads(data: bytes) -> Manifest:
     if len(data) > MAX_MANIFEST_BYTES:
         raise _malformed(f"it has {len(data)} bytes; the limit is {MAX_MANIFEST_BYTES}")
     try:
-        raw = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raw = json.loads(
+            data.decode("utf-8"),
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            object_pairs_hook=_no_duplicates,
+        )
+        json.dumps(raw, ensure_ascii=False).encode("utf-8")  # an escape can smuggle in half a character
+    except (ValueError, RecursionError) as error:
         raise _malformed(f"it is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise _malformed("the top level is not an object")
@@ -214,25 +226,51 @@ def read(bundle: Path) -> Tuple[Manifest, str]:
     Raises:
         ManifestError: no manifest there, or a bad one.
     """
-    path = bundle / MANIFEST_NAME
+    data = read_bytes(bundle)
+    return loads(data), digest(data)
+
+
+def read_bytes(bundle: Path) -> bytes:
+    """Read the bytes of ``manifest.json`` of an unpacked bundle, without judging them.
+
+    Raises:
+        ManifestError: no manifest there.
+    """
     try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_MANIFEST_BYTES + 1)
+        return read_regular(bundle / MANIFEST_NAME, MAX_MANIFEST_BYTES)
     except OSError as error:
         raise ManifestError(
             f"{bundle} is not a bundle",
             f"{MANIFEST_NAME} cannot be read: {error.strerror}",
             "give the directory or the .edgekit file that `edgekit compress` wrote",
         ) from error
-    return loads(data), digest(data)
+
+
+def read_regular(path: Path, limit_bytes: int) -> bytes:
+    """Read a regular file up to one byte past ``limit_bytes``; links, pipes and devices are errors.
+
+    Raises:
+        OSError: it is missing, unreadable or not a regular file.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(str(path), flags), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return stream.read(limit_bytes + 1)
 
 
 def safe_path(path: str) -> bool:
     """Whether ``path`` stays inside the bundle: relative, no ``..``, read alike on every system."""
-    if not path or "\\" in path or "\0" in path or path != str(PurePosixPath(path)):
+    if not path or "\\" in path or not path.isprintable() or path != str(PurePosixPath(path)):
         return False
     pure = PurePosixPath(path)
-    return not pure.is_absolute() and ".." not in pure.parts and path != "."
+    return not pure.is_absolute() and ".." not in pure.parts and path != "." and _fits(pure)
+
+
+def _fits(path: PurePosixPath) -> bool:
+    return len(str(path).encode()) <= _PATH_BYTES and all(
+        len(part.encode()) <= _PATH_PART_BYTES for part in path.parts
+    )
 
 
 def valid_name(name: str) -> bool:
@@ -250,6 +288,20 @@ def _malformed(why: str) -> ManifestError:
 
 def _no_constant(value: str) -> None:
     raise ValueError(f"{value} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is too large")
+    return value
+
+
+def _no_duplicates(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if not _unique(keys):
+        raise ValueError(f"an object has the key {max(keys, key=keys.count)!r} twice")
+    return dict(pairs)
 
 
 def _check_schema(schema: Any) -> None:
@@ -356,6 +408,7 @@ def _conditions(m: Manifest) -> List[Tuple[bool, str]]:
         (_unique(t.name for t in m.outputs), "two outputs share a name"),
         (len(listed) <= MAX_FILES, f"more than {MAX_FILES} files"),
         (_unique(listed), "a file is listed twice"),
+        (not _parents(listed) & {*listed, *reserved}, "a file's path passes through another file"),
         (all(safe_path(path) for path in listed), "a file's path leaves the bundle"),
         (not reserved & set(listed), "the manifest or the signature is listed as a file"),
         (all(_SHA256.fullmatch(f.sha256) for f in m.files), "a file's digest is not a SHA-256"),
@@ -367,6 +420,10 @@ def _conditions(m: Manifest) -> List[Tuple[bool, str]]:
         (set(tolerances) == {t.name for t in m.outputs}, "the tolerances do not match the outputs"),
         (all(t.absolute >= 0 and t.relative >= 0 for t in tolerances.values()), "a tolerance is negative"),
     ]
+
+
+def _parents(paths: List[str]) -> Set[str]:
+    return {str(parent) for path in paths for parent in PurePosixPath(path).parents}
 
 
 def _unique(items: Any) -> bool:
