@@ -1,1 +1,25 @@
-"""Calibration: ranges of activations, scales, and the graphs made from them."""
+"""Calibration: ranges of activations, scales, and the INT8 and FP16 graphs made from them.
+
+from calibration import calibrate, quantize
+
+scales = calibrate(model, samples)
+int8 = quantize(model, scales).model
+"""
+
+from calibration.errors import CalibrationError
+from calibration.prepare import prepare
+from calibration.quantizer import Quantized, Report, quantize
+from calibration.runner import calibrate
+from calibration.scales import Scales, TensorRange, load
+
+__all__ = [
+    "CalibrationError",
+    "Quantized",
+    "Report",
+    "Scales",
+    "TensorRange",
+    "calibrate",
+    "load",
+    "prepare",
+    "quantize",
+]
