@@ -1,0 +1,222 @@
+"""``edgekit-agent``: parse, call one function, print.
+
+Commands talk to the running agent over its control socket; where none answers they act on the store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence
+
+from device_agent import __version__
+from device_agent.errors import AgentError, BadInput, Missing
+
+if TYPE_CHECKING:
+    from device_agent.config import Config
+
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    _set_up_logging(options)
+    try:
+        return int(options.run(options))
+    except AgentError as error:
+        if options.debug:
+            raise
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", type=Path, help="configuration file; default /etc/edgekit/agent.toml")
+    common.add_argument("--json", action="store_true", help="print one JSON document")
+    common.add_argument("--debug", action="store_true", help="show tracebacks and the log")
+    parser = argparse.ArgumentParser(prog="edgekit-agent", description="Serve signed edgekit bundles.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, parents=[common])
+        command.set_defaults(run=run)
+        return command
+
+    add("serve", _serve, "serve the active models until SIGTERM")
+    install = add("install", _install, "verify a bundle, self-test it and switch to it")
+    install.add_argument("bundle", type=Path, help="a bundle's directory or .edgekit file")
+    install.add_argument("--no-activate", action="store_true", help="only store it")
+    add("list", _list, "list the installed versions")
+    activate = add("activate", _activate, "serve an installed version")
+    activate.add_argument("digest", help="its digest, or at least the first six characters")
+    rollback = add("rollback", _rollback, "return to the version that served before")
+    rollback.add_argument("name", nargs="?", help="the model; needed where there are several")
+    remove = add("remove", _remove, "remove an installed version that is not active")
+    remove.add_argument("digest", help="its digest, or at least the first six characters")
+    add("status", _status, "show what serves and how the last operation ended")
+    add("check", _check, "can this device serve?")
+    return parser
+
+
+def _set_up_logging(options: argparse.Namespace) -> None:
+    """The agent logs; a command prints its result, or an error of three lines."""
+    if options.run is _serve or options.debug:
+        import logging
+
+        logging.basicConfig(
+            level=logging.DEBUG if options.debug else logging.INFO,
+            format="%(levelname)s %(name)s: %(message)s",
+            stream=sys.stderr,
+        )
+
+
+# Commands
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from device_agent import serve
+
+    return int(serve.run(_config(options)))
+
+
+def _install(options: argparse.Namespace) -> int:
+    bundle = str(options.bundle.absolute())
+    result = _ask(options, {"op": "install", "bundle": bundle, "activate": not options.no_activate})
+    _print(options, result, _changed(result))
+    return 0
+
+
+def _activate(options: argparse.Namespace) -> int:
+    result = _ask(options, {"op": "activate", "digest": options.digest})
+    _print(options, result, _changed(result))
+    return 0
+
+
+def _rollback(options: argparse.Namespace) -> int:
+    result = _ask(options, {"op": "rollback", "name": options.name or _only_model(options)})
+    _print(options, result, _changed(result))
+    return 0
+
+
+def _remove(options: argparse.Namespace) -> int:
+    result = _ask(options, {"op": "remove", "digest": options.digest})
+    _print(options, result, [f"removed {result['name']} {result['digest'][:12]}"])
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    versions = _ask(options, {"op": "list"})
+    _print(options, versions, [_version_line(version) for version in versions])
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    models = _ask(options, {"op": "status"})
+    _print(options, models, [line for model in models for line in _model_lines(model)])
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from device_agent import check
+
+    findings = check.check(_config(options))
+    serves = check.can_serve(findings)
+    document = {"ok": serves, "findings": [asdict(finding) for finding in findings]}
+    _print(options, document, [f"{f.status:8} {f.subject}: {f.detail}" for f in findings])
+    return 0 if serves else Missing.exit_code
+
+
+# Asking the agent
+
+
+def _config(options: argparse.Namespace) -> Config:
+    from device_agent import config
+
+    return config.load(options.config)
+
+
+def _ask(options: argparse.Namespace, message: Mapping[str, Any]) -> Any:
+    """Let the running agent do it; do it here if there is none."""
+    from device_agent.server import control
+
+    config = _config(options)
+    try:
+        return control.request(config.control_socket, message, _progress)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return _act(config, message)
+    except OSError as error:
+        raise BadInput(
+            f"the agent cannot be asked over {config.control_socket}",
+            error.strerror or str(error),
+            "run this as the user that the agent runs as",
+        ) from error
+
+
+def _act(config: Config, message: Mapping[str, Any]) -> Any:
+    """Carry a request out on the store, in this process; an install self-tests here too."""
+    from device_agent.lifecycle import Lifecycle
+    from device_agent.metrics import Metrics
+    from device_agent.models import Models
+    from device_agent.server import control
+    from device_agent.signature import Trust
+    from device_agent.store import Store
+
+    trust = Trust(config.keys_dir, config.allow_unsigned)
+    with Store(config.state_dir) as store:
+        return control.perform(Lifecycle(store, trust, Models(config, Metrics())), message, _progress)
+
+
+def _progress(state: str) -> None:
+    print(state, file=sys.stderr)
+
+
+def _only_model(options: argparse.Namespace) -> str:
+    names = [model["name"] for model in _ask(options, {"op": "status"})]
+    if len(names) != 1:
+        raise BadInput(
+            "which model shall be rolled back?",
+            f"installed: {', '.join(names) or 'none'}",
+            "give its name: edgekit-agent rollback NAME",
+        )
+    return str(names[0])
+
+
+# Printing
+
+
+def _print(options: argparse.Namespace, document: Any, lines: List[str]) -> None:
+    print(json.dumps(document, indent=2) if options.json else "\n".join(lines))
+
+
+def _changed(result: Mapping[str, Any]) -> List[str]:
+    signer = f"signed by {result['signer']}" if result["signer"] else "not signed"
+    return [f"{result['state']} {result['name']} {result['version']} {result['digest'][:12]} ({signer})"]
+
+
+def _version_line(version: Mapping[str, Any]) -> str:
+    marks = [mark for mark in ("active", "fallback", "committed") if version[mark]]
+    number = "damaged" if version["version"] is None else version["version"]
+    return f"{version['name']} {number} {version['digest'][:12]} {' '.join(marks)}".rstrip()
+
+
+def _model_lines(model: Mapping[str, Any]) -> List[str]:
+    serving = model["serving"]
+    lines = [f"{model['name']}: " + (f"serves {serving[:12]}" if serving else "not served")]
+    lines += [f"  {_version_line(version)}" for version in model["versions"]]
+    last: Optional[Dict[str, Any]] = model["last_operation"]
+    if last is not None:
+        failure = last["failure"]
+        outcome = (
+            f"failed after {last['state']}: {failure['what']}: {failure['why']}" if failure else last["state"]
+        )
+        lines.append(f"  last: {last['operation']} {last['digest'][:12]}: {outcome}")
+    return lines

@@ -1,0 +1,312 @@
+"""The update of a model as a state machine: every step journaled, nothing in between.
+
+    received -> verified -> staged -> prepared -> selftested -> switched -> committed
+
+    received    the bundle's head was read: it is a bundle that this agent understands
+    verified    a trusted key signed the manifest; no byte was stored yet
+    staged      every file is in the store, checked and synced
+    prepared    an engine is open
+    selftested  it reproduced the golden outputs and is warm
+    switched    the next start comes up with it, and new requests go to it
+    committed   it has proven itself; versions that it made needless are removed
+
+Until ``switched`` the old version serves and nothing on disk says otherwise; the switch is one atomic
+write of ``state.json``. An error in any state leaves the old version active and its reason in the journal.
+After a crash ``restore`` comes up on the old version or on the new one, whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+from device_agent import archive, journal
+from device_agent import manifest as manifest_module
+from device_agent.errors import AgentError, BadInput, Refused
+from device_agent.journal import Operation
+from device_agent.manifest import Manifest
+from device_agent.signature import Signer, Trust
+from device_agent.store import ModelState, Store, Version
+from device_agent.swap import Swap
+
+if TYPE_CHECKING:
+    from device_agent.models import Models
+
+OnState = Callable[[str], None]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What an operation ended with.
+
+    Attributes:
+        name: the model.
+        digest: the version that the operation was about.
+        version: the manifest's version number.
+        state: ``committed``, or ``staged`` where nothing was to be activated.
+        previous: digest of the version that was active before; None if there was none.
+        signer: name of the key that signed it; empty if it is unsigned.
+    """
+
+    name: str
+    digest: str
+    version: int
+    state: str
+    previous: Optional[str]
+    signer: str
+
+
+class Lifecycle:
+    """Installs, activates, rolls back and restores the versions in a store.
+
+    Every operation blocks, and one runs at a time. Once ``bind`` was called, operations must run on other
+    threads than the event loop's.
+    """
+
+    def __init__(self, store: Store, trust: Trust, models: Models) -> None:
+        self._store = store
+        self._trust = trust
+        self._models = models
+        self._loop: Optional[asyncio.AbstractEventLoop] = None
+        self._busy = threading.Lock()
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Make switches on the event loop that serves; before this, nothing serves yet."""
+        self._loop = loop
+
+    # Operations
+
+    def install(self, bundle: Path, activate: bool = True, on_state: Optional[OnState] = None) -> Installed:
+        """Take a bundle, either form, through the whole state machine.
+
+        Args:
+            bundle: its path on this device.
+            activate: False stops at ``staged``.
+            on_state: called with each state once it is reached.
+
+        Raises:
+            BadInput: not a bundle, damaged, too new, or not trusted (ManifestError, TrustError).
+            Missing: a runtime that it needs is not here.
+            Refused: no space, or it failed its self-test. In every case the old version serves on.
+        """
+        with self._busy:
+            head = archive.read_head(bundle)
+            goal = "committed" if activate else "staged"
+            operation = Operation(self._store, "install", head.manifest.name, head.digest, goal, on_state)
+            with _journaled(operation):
+                operation.enter("received")
+                signer = self._admit(head)
+                operation.fresh = not self._store.has(operation.name, operation.digest)
+                operation.enter("verified")
+                self._store.add(bundle, head)
+                operation.enter("staged")
+                before = self._store.state(operation.name)
+                if activate:
+                    self._bring_up(operation, head.manifest, before.activated(head.digest))
+                return _installed(operation, head.manifest, before, signer)
+
+    def activate(self, digest: str, on_state: Optional[OnState] = None) -> Installed:
+        """Serve an installed version; ``digest`` may be shortened to six characters.
+
+        Raises:
+            BadInput: no such version, or it is not trusted any more.
+            Refused: it failed its self-test. The old version serves on.
+        """
+        with self._busy:
+            version = self._store.find(digest)
+            target = self._store.state(version.name).activated(version.digest)
+            operation = Operation(self._store, "activate", version.name, version.digest, on_state=on_state)
+            return self._change(operation, target)
+
+    def rollback(self, name: str, on_state: Optional[OnState] = None) -> Installed:
+        """Return to the fallback version; what was active becomes the fallback.
+
+        Raises:
+            BadInput: there is no fallback.
+            Refused: the fallback failed its self-test. The active version serves on.
+        """
+        with self._busy:
+            state = self._store.state(name)
+            if state.fallback is None:
+                raise BadInput(
+                    f"{name!r} has no version to return to",
+                    "no other version was committed on this device",
+                    "`edgekit-agent list` shows what is installed",
+                )
+            operation = Operation(self._store, "rollback", name, state.fallback, on_state=on_state)
+            return self._change(operation, state.rolled_back())
+
+    def remove(self, digest: str) -> Version:
+        """Remove an installed version that is not active.
+
+        Raises:
+            BadInput: no such version, or it is active.
+        """
+        with self._busy:
+            version = self._store.find(digest)
+            self._store.remove(version.name, version.digest)
+            return version
+
+    def restore(self) -> None:
+        """Bring up the active version of every model at start; the fallback where that fails.
+
+        A model that cannot be brought up at all is logged and left out: the others serve.
+        """
+        with self._busy:
+            for name in self._store.names():
+                try:
+                    self._restore(name)
+                except AgentError as error:
+                    _log.error("%s is not served: %s: %s", name, error.what, error.why)
+
+    def status(self) -> List[Dict[str, Any]]:
+        """Describe every model: versions on disk, what serves, and the last operation with its failure."""
+        return [self._describe(name) for name in self._store.names()]
+
+    def list(self) -> List[Dict[str, Any]]:
+        """Describe every installed version."""
+        return [version.describe() for version in self._store.list()]
+
+    # The machine
+
+    def _change(self, operation: Operation, target: ModelState) -> Installed:
+        """Bring up an installed version; ``target`` is the state in which it is active."""
+        with _journaled(operation):
+            parsed, signer = self._check(operation.name, operation.digest)
+            operation.enter("staged")
+            before = self._store.state(operation.name)
+            self._bring_up(operation, parsed, target)
+            return _installed(operation, parsed, before, signer)
+
+    def _bring_up(self, operation: Operation, manifest: Manifest, target: ModelState) -> None:
+        """Take a staged version to ``committed``; on any error everything is as it was."""
+        name, before = operation.name, self._store.state(operation.name)
+        loaded = self._models.prepare(
+            self._store.directory(name, operation.digest), manifest, operation.digest
+        )
+        swap = Swap(self._models, self._loop, loaded)
+        try:
+            operation.enter("prepared")
+            operation.enter("selftested")
+            # Disk first: if this write fails nothing has happened yet, and if the power goes after it the
+            # next start comes up on a version that has just passed its self-test here.
+            self._store.set_state(name, target)
+            swap.make()
+            operation.enter("switched")
+            self._store.set_state(name, target.with_commit())
+            operation.enter("committed")
+        except BaseException:
+            swap.undo()
+            self._write_back(name, before)
+            raise
+        swap.finish()
+        self._collect(name)
+
+    def _collect(self, name: str) -> None:
+        """Free the space of old versions; a failure here takes nothing from what was committed."""
+        try:
+            self._store.collect(name)
+        except Refused as error:
+            _log.error("old versions of %s could not be removed: %s", name, error.why)
+
+    def _write_back(self, name: str, before: ModelState) -> None:
+        try:
+            if self._store.state(name) != before:
+                self._store.set_state(name, before)
+        except Refused as error:
+            _log.error("the state of %s could not be written back: %s", name, error.why)
+
+    def _restore(self, name: str) -> None:
+        unfinished = journal.interrupted(self._store, name)
+        state = self._store.state(name)
+        if unfinished is not None and unfinished.digest != state.active:
+            unfinished.fail(
+                Refused("the operation was interrupted", "the agent or the device stopped", "run it again")
+            )
+        if state.active is None:
+            return
+        mine = unfinished if unfinished is not None and unfinished.digest == state.active else None
+        try:
+            self._load(name, state.active)
+        except AgentError as error:
+            _log.error("%s: %s does not come up: %s: %s", name, state.active[:12], error.what, error.why)
+            if state.fallback is None:
+                raise
+            self._fall_back(name, state, state.fallback)
+            if mine is not None:
+                mine.fail(error)
+            return
+        if mine is not None:
+            self._store.set_state(name, state.with_commit())
+            mine.enter(mine.goal)
+            self._collect(name)
+
+    def _fall_back(self, name: str, state: ModelState, fallback: str) -> None:
+        """Serve the fallback; an active version that has never proven itself is given up for good."""
+        self._load(name, fallback)
+        _log.warning("%s: the fallback %s serves", name, fallback[:12])
+        if state.active not in state.committed:
+            self._store.set_state(name, state.given_up())
+
+    def _load(self, name: str, digest: str) -> None:
+        manifest, _ = self._check(name, digest)
+        loaded = self._models.prepare(self._store.directory(name, digest), manifest, digest)
+        swap = Swap(self._models, self._loop, loaded)
+        swap.make()
+        swap.finish()
+
+    # Trust
+
+    def _admit(self, head: archive.Head) -> Signer:
+        return _warn_unsigned(head.manifest, self._trust.authenticate(head))
+
+    def _check(self, name: str, digest: str) -> Tuple[Manifest, Signer]:
+        """Check an installed version again: its files may have decayed, its key may be trusted no more."""
+        directory = self._store.directory(name, digest)
+        manifest, _ = manifest_module.read(directory)
+        return manifest, _warn_unsigned(manifest, self._trust.check(directory, manifest, digest))
+
+    # Reports
+
+    def _describe(self, name: str) -> Dict[str, Any]:
+        serving = self._models.get(name)
+        return {
+            "name": name,
+            **asdict(self._store.state(name)),
+            "serving": None if serving is None else serving.digest,
+            "last_operation": self._store.journal(name),
+            "versions": [version.describe() for version in self._store.versions(name)],
+        }
+
+
+@contextmanager
+def _journaled(operation: Operation) -> Iterator[None]:
+    """If the operation fails, keep the reason and take back what it added."""
+    try:
+        yield
+    except BaseException as error:
+        why = error.what if isinstance(error, AgentError) else type(error).__name__
+        state = operation.state or "the beginning"
+        _log.error("%s of %s failed after %s: %s", operation.kind, operation.digest[:12], state, why)
+        operation.fail(error)
+        raise
+
+
+def _warn_unsigned(manifest: Manifest, signer: Signer) -> Signer:
+    if not signer.signed:
+        _log.warning(
+            "%s version %d is not signed; allow_unsigned lets it in", manifest.name, manifest.version
+        )
+    return signer
+
+
+def _installed(operation: Operation, manifest: Manifest, before: ModelState, signer: Signer) -> Installed:
+    return Installed(
+        operation.name, operation.digest, manifest.version, operation.state, before.active, signer.name
+    )

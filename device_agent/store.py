@@ -1,0 +1,375 @@
+"""Installed bundles on disk, and which of them is active.
+
+    STATE_DIR/lock                              held by the one process that may write
+    STATE_DIR/temporary/                        meaningless after a crash; emptied when the store is opened
+    STATE_DIR/models/NAME/versions/DIGEST/      an unpacked bundle, published whole
+    STATE_DIR/models/NAME/state.json            which version is active, which is the fallback
+    STATE_DIR/models/NAME/journal.json          the last operation on this model (see lifecycle)
+
+``state.json`` is replaced atomically, and it is the only file that decides what a device serves.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Type
+
+from device_agent import archive, durable, manifest
+from device_agent.errors import AgentError, BadInput, Refused
+
+_log = logging.getLogger(__name__)
+_RESERVE_BYTES = 1024 * 1024
+_BLOCK_BYTES = 4096
+_MIN_PREFIX = 6
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """Which versions of a model matter.
+
+    Attributes:
+        active: digest of the version that is served; None before the first activation.
+        fallback: digest of the version to return to; None if there is none.
+        committed: digests of the versions that have proven themselves on this device, oldest first.
+    """
+
+    active: Optional[str] = None
+    fallback: Optional[str] = None
+    committed: Tuple[str, ...] = ()
+
+    def activated(self, digest: str) -> ModelState:
+        """Make ``digest`` active; what was active and proven becomes the fallback."""
+        if digest == self.active:
+            return self
+        proven = self.active is not None and self.active in self.committed
+        fallback = self.active if proven else self.fallback
+        return replace(self, active=digest, fallback=None if fallback == digest else fallback)
+
+    def with_commit(self) -> ModelState:
+        """Record that the active version has proven itself."""
+        if self.active is None or self.active in self.committed:
+            return self
+        return replace(self, committed=(*self.committed, self.active))
+
+    def rolled_back(self) -> ModelState:
+        """Swap the active version and the fallback."""
+        return replace(self, active=self.fallback, fallback=self.active)
+
+    def given_up(self) -> ModelState:
+        """Return to the fallback for good."""
+        return replace(self, active=self.fallback, fallback=None)
+
+    def without(self, digest: str) -> ModelState:
+        """Forget a version that is not active."""
+        kept = tuple(item for item in self.committed if item != digest)
+        return replace(self, fallback=None if self.fallback == digest else self.fallback, committed=kept)
+
+
+@dataclass(frozen=True)
+class Version:
+    """An installed version of a model."""
+
+    name: str
+    digest: str
+    directory: Path
+    active: bool
+    fallback: bool
+    committed: bool
+
+    def label(self) -> Dict[str, str]:
+        """The name and the digest, for JSON."""
+        return {"name": self.name, "digest": self.digest}
+
+    def describe(self) -> Dict[str, Any]:
+        """A form for JSON; the manifest's version number is null where the manifest is damaged."""
+        try:
+            number: Optional[int] = manifest.read(self.directory)[0].version
+        except AgentError:
+            number = None
+        return {**asdict(self), "directory": str(self.directory), "version": number}
+
+
+class Store:
+    """The store below ``state_dir``, opened for writing by this process alone.
+
+    Raises:
+        Refused: another process has it open, or the disk cannot be written.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self._root = state_dir
+        self._temporary = state_dir / "temporary"
+        with disk_errors(f"the store {state_dir} cannot be opened"):
+            if not state_dir.is_dir():
+                durable.make_directory(state_dir)
+            self._lock = _lock(state_dir / "lock")
+            durable.make_directory(state_dir / "models")
+            durable.make_directory(self._temporary)
+            for leftover in self._temporary.iterdir():
+                durable.empty(leftover)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process open the store."""
+        os.close(self._lock)
+
+    # Reading
+
+    def names(self) -> List[str]:
+        """Names of the models that were ever installed, sorted."""
+        return sorted(
+            path.name for path in (self._root / "models").iterdir() if manifest.valid_name(path.name)
+        )
+
+    def list(self) -> List[Version]:
+        """Every installed version, by model and digest."""
+        return [version for name in self.names() for version in self.versions(name)]
+
+    def versions(self, name: str) -> List[Version]:
+        """The installed versions of one model, by digest."""
+        state = self.state(name)
+        directory = self._model(name) / "versions"
+        digests = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+        return [
+            Version(
+                name,
+                digest,
+                directory / digest,
+                active=digest == state.active,
+                fallback=digest == state.fallback,
+                committed=digest in state.committed,
+            )
+            for digest in digests
+        ]
+
+    def directory(self, name: str, digest: str) -> Path:
+        """Where a version lies, or would lie."""
+        return self._model(name) / "versions" / digest
+
+    def has(self, name: str, digest: str) -> bool:
+        """Whether a version is installed."""
+        return self.directory(name, digest).is_dir()
+
+    def active(self, name: str) -> Optional[str]:
+        """Digest of the active version."""
+        return self.state(name).active
+
+    def state(self, name: str) -> ModelState:
+        """Which versions matter; nothing is active if ``state.json`` is missing or damaged."""
+        raw = self._read_json(name, "state.json")
+        if raw is None:
+            return ModelState()
+        return ModelState(raw.get("active"), raw.get("fallback"), tuple(raw.get("committed") or ()))
+
+    def find(self, prefix: str) -> Version:
+        """The one installed version whose digest begins with ``prefix``.
+
+        Raises:
+            BadInput: none, or more than one, or fewer than six characters.
+        """
+        if len(prefix) < _MIN_PREFIX:
+            raise BadInput(
+                f"{prefix!r} is too short for a digest",
+                f"at least {_MIN_PREFIX} characters are needed",
+                "`edgekit-agent list` shows the digests",
+            )
+        found = [version for version in self.list() if version.digest.startswith(prefix)]
+        if len(found) != 1:
+            why = "no version" if not found else f"{len(found)} versions"
+            raise BadInput(
+                f"{prefix!r} names no installed version",
+                f"{why} on this device has a digest that begins so",
+                "`edgekit-agent list` shows the digests",
+            )
+        return found[0]
+
+    def journal(self, name: str) -> Optional[Dict[str, Any]]:
+        """The last operation on a model, as lifecycle wrote it."""
+        return self._read_json(name, "journal.json")
+
+    # Writing
+
+    def add(self, bundle: Path, head: archive.Head) -> bool:
+        """Copy a bundle into the store, checking every byte.
+
+        Args:
+            bundle: either form.
+            head: what was read of it, and authenticated, before.
+
+        Returns:
+            Whether the version is new here; one that is there and whole is kept, with a new signature.
+
+        Raises:
+            TrustError: a file differs from the manifest.
+            BadInput: the bundle is damaged.
+            Refused: there is not enough space, or the disk failed; nothing is left of the bundle.
+        """
+        final = self.directory(head.manifest.name, head.digest)
+        if final.is_dir():
+            if _is_whole(final, head):
+                self._keep(final, head)
+                return False
+            _log.error("installed version %s is damaged; it is replaced", head.digest)
+            with disk_errors("the damaged version cannot be removed"):
+                durable.remove(final, self._temporary)
+        self._require_space(head)
+        temporary = self._temporary / head.digest
+        with disk_errors(f"the bundle {head.manifest.name!r} cannot be stored"):
+            try:
+                durable.empty(temporary)
+                archive.unpack(bundle, head, temporary)
+                durable.make_directory(final.parent)
+                durable.publish(temporary, final)
+            except BaseException:
+                durable.empty(temporary)
+                raise
+        return True
+
+    def set_state(self, name: str, state: ModelState) -> None:
+        """Replace ``state.json``.
+
+        Raises:
+            Refused: the disk failed.
+        """
+        self._write_json(name, "state.json", asdict(state))
+
+    def set_journal(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Replace the model's journal.
+
+        Raises:
+            Refused: the disk failed.
+        """
+        self._write_json(name, "journal.json", entry)
+
+    def remove(self, name: str, digest: str) -> None:
+        """Remove a version that is not active.
+
+        Raises:
+            BadInput: it is active.
+            Refused: the disk failed.
+        """
+        state = self.state(name)
+        if digest == state.active:
+            raise BadInput(
+                f"{digest[:12]} is the active version of {name!r}",
+                "removing it would leave the device without this model",
+                "activate another version first, or roll back",
+            )
+        if state != state.without(digest):
+            self.set_state(name, state.without(digest))
+        with disk_errors(f"{digest[:12]} cannot be removed"):
+            durable.remove(self.directory(name, digest), self._temporary)
+
+    def collect(self, name: str) -> List[str]:
+        """Remove versions that once served and are neither active nor the fallback any more.
+
+        Versions that were installed and never activated stay.
+
+        Returns:
+            The digests that were removed.
+
+        Raises:
+            Refused: the disk failed.
+        """
+        old = [v for v in self.versions(name) if v.committed and not v.active and not v.fallback]
+        for version in old:
+            self.remove(name, version.digest)
+        return [version.digest for version in old]
+
+    # Helpers
+
+    def _model(self, name: str) -> Path:
+        if not manifest.valid_name(name):
+            raise BadInput(
+                f"{name!r} is not a model's name", "it is malformed", "`edgekit-agent list` shows them"
+            )
+        return self._root / "models" / name
+
+    def _keep(self, final: Path, head: archive.Head) -> None:
+        with disk_errors("the new signature cannot be stored"):
+            durable.make_directory(final)
+            if head.signature is not None:
+                durable.write(final / manifest.SIGNATURE_NAME, head.signature)
+
+    def _require_space(self, head: archive.Head) -> None:
+        """Refuse before a byte is copied, rather than fill the disk."""
+        needed = head.size_bytes + _BLOCK_BYTES * (len(head.manifest.files) + 4) + _RESERVE_BYTES
+        free = shutil.disk_usage(str(self._root)).free
+        if free < needed:
+            raise Refused(
+                f"there is no space for the bundle {head.manifest.name!r}",
+                f"it needs {needed} bytes, {free} are free in {self._root}",
+                "remove versions that are not needed with `edgekit-agent remove DIGEST`",
+            )
+
+    def _read_json(self, name: str, file: str) -> Optional[Dict[str, Any]]:
+        path = self._model(name) / file
+        try:
+            raw = json.loads(path.read_bytes().decode("utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            _log.error("%s is damaged and ignored: %s", path, error)
+            return None
+        return raw if isinstance(raw, dict) else None
+
+    def _write_json(self, name: str, file: str, document: Mapping[str, Any]) -> None:
+        data = (json.dumps(document, sort_keys=True, indent=2) + "\n").encode()
+        with disk_errors(f"{file} of {name!r} cannot be written"):
+            durable.make_directory(self._model(name))
+            durable.write(self._model(name) / file, data)
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn an ``OSError`` into a refusal that says what could not be done."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "free some space" if full else "check the disk and its mount options"
+        raise Refused(
+            what, error.strerror or str(error), f"{fix}; the versions already installed are untouched"
+        ) from error
+
+
+def _is_whole(directory: Path, head: archive.Head) -> bool:
+    try:
+        installed = archive.read_head(directory)
+        archive.check_files(directory, installed.manifest)
+    except AgentError:
+        return False
+    return installed.digest == head.digest
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(str(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise Refused(
+            f"the store {path.parent} is in use",
+            "another edgekit-agent has it open",
+            "stop that agent, or talk to it through its control socket",
+        ) from error
+    return descriptor
