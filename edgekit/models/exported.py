@@ -1,0 +1,209 @@
+"""Models that are torch.export programs: ``.pt2`` archives.
+
+``torch.export.load`` unpickles without restraint where an archive asks for it, evaluates the text of
+symbolic sizes, and loads compiled code. So an archive is looked through before torch may read it, and one
+that would make torch execute anything is refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from device_agent.manifest import TensorSpec
+from edgekit.artifact import file_digest
+from edgekit.errors import BadInput
+from edgekit.models import Model, model_name
+from edgekit.models.signature import outputs_of, plain_examples
+from edgekit.tensors import protocol_dtype
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.export import ExportedProgram
+
+_COMPILED = re.compile(r"(^|/)data/(aotinductor|executorch)/")
+_PAYLOADS = re.compile(r"(^|/)data/(weights|constants)/[^/]+_config\.json$")
+_PROGRAM = re.compile(r"(^|/)models/[^/]+\.json$")
+_TORCH_FILE = re.compile(r"\.pt$")
+_PLAIN_PAYLOAD = re.compile(r"(weight|tensor)_\d+")
+# What a symbolic size may consist of: names, numbers, operators, calls of sympy's classes.
+_ARITHMETIC = (
+    ast.Expression, ast.Call, ast.keyword, ast.Name, ast.Load, ast.Constant, ast.UnaryOp, ast.BinOp,
+    ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
+)  # fmt: skip
+_SYMPY_CLASS = re.compile(r"[A-Z][A-Za-z0-9]*")
+_SYMBOL = re.compile(r"[a-z]+_?\d*")
+
+
+def load(path: Path) -> Model:
+    """Read a program saved with ``torch.export.save``.
+
+    Raises:
+        BadInput: damaged, of an older format, or something that would execute code.
+    """
+    _screen(path)
+    program = _read(path)
+    inputs = _inputs(path, program)
+    examples = partial(plain_examples, inputs)
+    module = program.module()
+    return Model(
+        kind="exported",
+        name=model_name(path.stem),
+        digest=file_digest(path),
+        inputs=inputs,
+        outputs=outputs_of(module, inputs, examples, str(path)),
+        path=path,
+        preprocess=None,
+        _examples=examples,
+        _build=partial(_build, path),
+    )
+
+
+def _build(path: Path) -> nn.Module:
+    _screen(path)
+    return _read(path).module()
+
+
+def _read(path: Path) -> ExportedProgram:
+    import torch
+
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # torch raises a dozen types for a damaged archive
+        reason = str(error).strip().splitlines() or [""]
+        raise _damaged(path, f"{type(error).__name__}: {reason[0]}") from error
+
+
+# Looking through the archive
+
+
+def _screen(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if not any(_PROGRAM.search(name) for name in names):
+                raise _damaged(path, "it holds no program; archives from before torch 2.8 are not read")
+            for name in names:
+                _screen_entry(path, archive, name)
+    except (zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _screen_entry(path: Path, archive: zipfile.ZipFile, name: str) -> None:
+    if _COMPILED.search(name):
+        raise _refused(path, f"'{name}' is compiled code")
+    if _TORCH_FILE.search(name):
+        _screen_pickle(path, name, archive.read(name))
+    elif _PAYLOADS.search(name):
+        for key, payload in json.loads(archive.read(name))["config"].items():
+            if payload["use_pickle"] or not _PLAIN_PAYLOAD.fullmatch(payload["path_name"]):
+                raise _refused(path, f"'{key}' is stored as a pickle")
+    elif _PROGRAM.search(name):
+        for expression in _expressions(json.loads(archive.read(name))):
+            if not is_arithmetic(expression):
+                raise _refused(path, f"a size is not arithmetic: {expression[:60]!r}")
+
+
+def _screen_pickle(path: Path, name: str, content: bytes) -> None:
+    import torch
+
+    if not content:
+        return
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise _refused(path, f"'{name}' is a pickle that would execute code, or it is damaged") from error
+
+
+def _expressions(value: Any) -> Iterator[str]:
+    """Every text that torch hands to a parser of expressions, wherever it stands in the program."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key == "expr_str" and isinstance(item, str):
+                yield item
+            else:
+                yield from _expressions(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _expressions(item)
+
+
+def is_arithmetic(expression: str) -> bool:
+    """Whether the text of a symbolic size holds nothing but arithmetic over named sizes."""
+    try:
+        tree = ast.parse(expression.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    names = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    texts = {
+        id(node.args[0])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "Symbol"
+        and node.args
+    }
+    return all(
+        _is_plain(node, is_called=id(node) in names, is_symbol=id(node) in texts) for node in ast.walk(tree)
+    )
+
+
+def _is_plain(node: ast.AST, *, is_called: bool, is_symbol: bool) -> bool:
+    if not isinstance(node, _ARITHMETIC):
+        return False
+    if isinstance(node, ast.Name):
+        return (_SYMPY_CLASS if is_called else _SYMBOL).fullmatch(node.id) is not None
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return is_symbol and _SYMBOL.fullmatch(node.value) is not None
+    return not is_called
+
+
+# The signature
+
+
+def _inputs(path: Path, program: ExportedProgram) -> tuple[TensorSpec, ...]:
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    specs = []
+    for name in program.graph_signature.user_inputs:
+        value: Any = values.get(name) if isinstance(name, str) else None
+        if not hasattr(value, "shape"):
+            raise BadInput(
+                f"the model {path} is not one that edgekit takes",
+                f"its input '{name}' is not a tensor",
+                "export the model with tensors as its only inputs",
+            )
+        shape = tuple(size if isinstance(size, int) else -1 for size in value.shape)
+        specs.append(TensorSpec(str(name), protocol_dtype(_numpy(value.dtype)), shape))
+    return tuple(specs)
+
+
+def _numpy(dtype: Any) -> np.dtype[Any]:
+    import torch
+
+    return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def _damaged(path: Path, why: str) -> BadInput:
+    return BadInput(
+        f"the model {path} cannot be read",
+        why,
+        "save it again with torch.export.save and the torch in use here",
+    )
+
+
+def _refused(path: Path, why: str) -> BadInput:
+    return BadInput(
+        f"the model {path} is refused",
+        f"{why}; nothing of it was executed",
+        "export a model of tensors only with torch.export.save",
+    )
