@@ -202,8 +202,10 @@ class Lifecycle:
             self._store.set_state(name, target.with_commit())
             operation.enter("committed")
         except BaseException:
-            swap.undo()
-            self._write_back(name, before)
+            try:
+                swap.undo()
+            finally:
+                self._write_back(name, before)
             raise
         swap.finish()
         self._collect(name)
