@@ -1,1 +1,1 @@
-"""Dynamic batching: a pure policy and its asyncio shell."""
+"""Dynamic batching: ``policy`` decides, ``latency`` learns, ``batcher`` does."""

@@ -1,0 +1,317 @@
+"""The asyncio shell around :mod:`device_agent.batching.policy`: a bounded queue in front of one engine.
+
+Everything here runs on the event loop but ``_execute``. A batch runs on the model's own thread, so that the
+loop keeps reading and writing; where a run is known to be shorter than the way to a thread and back, it runs
+on the loop itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence
+
+import numpy as np
+
+from device_agent.batching.latency import LatencyModel
+from device_agent.batching.policy import PolicySettings, decide
+from device_agent.engines.base import Engine, EngineError
+from device_agent.metrics import ModelMetrics
+
+_INLINE_BELOW_S = 60e-6  # about what handing a batch to a thread and back costs
+
+_log = logging.getLogger(__name__)
+
+Arrays = Dict[str, "np.ndarray[Any, Any]"]
+
+
+class QueueFull(Exception):
+    """As many requests wait as may; the client should come back later."""
+
+
+class DeadlineExceeded(Exception):
+    """The request's own timeout passed while it waited."""
+
+
+@dataclass(frozen=True)
+class BatcherSettings:
+    """Limits of one model.
+
+    Attributes:
+        policy: how batches are chosen.
+        max_queue_size: requests that may wait, not counting those that run.
+    """
+
+    policy: PolicySettings
+    max_queue_size: int
+
+
+class Job:
+    """One request on its way through the engine.
+
+    Attributes:
+        inputs: an array for each input.
+        rows: size along the batch axis.
+        batch_key: jobs with equal keys may run as one batch.
+        on_done: called on the event loop when ``outputs`` or ``error`` is set; never after a cancel.
+        timeout_s: longest time in the queue; None: no limit.
+        arrived_s, started_s, finished_s: points on the monotonic clock.
+        batch_rows: rows of the batch that it ran in.
+        outputs: an array for each output; None until done, or if it failed.
+        error: why it failed.
+    """
+
+    __slots__ = (
+        "arrived_s", "batch_key", "batch_rows", "cancelled", "error", "finished_s", "inputs", "on_done",
+        "outputs", "rows", "started_s", "timeout_s",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        inputs: Arrays,
+        rows: int,
+        batch_key: Hashable,
+        on_done: Callable[[Job], None],
+        timeout_s: Optional[float] = None,
+    ) -> None:
+        self.inputs = inputs
+        self.rows = rows
+        self.batch_key = batch_key
+        self.on_done = on_done
+        self.timeout_s = timeout_s
+        self.arrived_s = self.started_s = self.finished_s = 0.0
+        self.batch_rows = 0
+        self.cancelled = False
+        self.outputs: Optional[Arrays] = None
+        self.error: Optional[Exception] = None
+
+
+class Batcher:
+    """Queue, policy and engine of one loaded model. Not thread-safe: call it on the event loop."""
+
+    def __init__(self, engine: Engine, settings: BatcherSettings, metrics: ModelMetrics) -> None:
+        self.latency = LatencyModel()
+        self._engine = engine
+        self._settings = settings
+        self._metrics = metrics
+        self._queue: List[Job] = []
+        self._busy = False
+        self._pump_planned = False
+        self._timer: Optional[asyncio.TimerHandle] = None
+        self._idle_waiters: List[asyncio.Future[None]] = []
+        self._thread: Optional[_EngineThread] = None
+
+    def submit(self, job: Job) -> None:
+        """Queue a job.
+
+        Raises:
+            QueueFull: the queue is at its limit.
+        """
+        if len(self._queue) >= self._settings.max_queue_size:
+            self._metrics.refused += 1
+            raise QueueFull
+        job.arrived_s = time.monotonic()
+        self._queue.append(job)
+        self._metrics.queue_depth = len(self._queue)
+        if not self._busy:
+            self._plan_pump()
+
+    def cancel(self, job: Job) -> None:
+        """Forget a job whose client is gone; a batch that already runs is not disturbed."""
+        job.cancelled = True
+        if job in self._queue:
+            self._queue.remove(job)
+            self._metrics.cancelled += 1
+            self._metrics.queue_depth = len(self._queue)
+            self._notify_if_idle()
+
+    async def drain(self) -> None:
+        """Wait until nothing is queued and nothing runs."""
+        if not self._queue and not self._busy:
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._idle_waiters.append(waiter)
+        await waiter
+
+    def close(self) -> None:
+        """Stop the thread. No job may follow."""
+        if self._thread is not None:
+            self._thread.stop()
+            self._thread = None
+
+    # Choosing
+
+    def _plan_pump(self) -> None:
+        # Not at once: requests that other connections have already sent are read first, and join.
+        if not self._pump_planned:
+            self._pump_planned = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_planned = False
+        if self._busy:
+            return
+        now_s = time.monotonic()
+        expired = self._take_expired(now_s)
+        decision = decide(self._queue, now_s, False, self.latency.predict, self._settings.policy)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if decision.take:
+            self._start(self._take(decision.take))
+        elif decision.wake_at_s is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(decision.wake_at_s - now_s, self._pump)
+        for job in expired:
+            job.on_done(job)
+        self._notify_if_idle()
+
+    def _take(self, positions: Sequence[int]) -> List[Job]:
+        batch = [self._queue[position] for position in positions]
+        for position in reversed(positions):
+            del self._queue[position]
+        self._metrics.queue_depth = len(self._queue)
+        return batch
+
+    def _take_expired(self, now_s: float) -> List[Job]:
+        positions = [
+            i
+            for i, job in enumerate(self._queue)
+            if job.timeout_s is not None and now_s - job.arrived_s > job.timeout_s
+        ]
+        expired = self._take(positions) if positions else []
+        for job in expired:
+            job.error = DeadlineExceeded()
+            self._metrics.deadline_missed += 1
+        return expired
+
+    # Running
+
+    def _start(self, batch: List[Job]) -> None:
+        self._busy = True
+        rows = sum(job.rows for job in batch)
+        expected_s = self.latency.predict(rows)
+        if expected_s is not None and expected_s < _INLINE_BELOW_S:
+            _execute(self._engine, batch)
+            self._settle(batch)
+            self._plan_pump()
+            self._answer(batch)
+            return
+        if self._thread is None:
+            self._thread = _EngineThread(self._engine, asyncio.get_running_loop(), self._finish)
+        self._thread.run(batch)
+
+    def _finish(self, batch: List[Job]) -> None:
+        """A batch is back from the thread: set the engine to work again before anything else."""
+        self._settle(batch)
+        self._pump()
+        self._answer(batch)
+
+    def _settle(self, batch: List[Job]) -> None:
+        self._busy = False
+        first = batch[0]
+        if first.error is None:
+            self.latency.observe(first.batch_rows, first.finished_s - first.started_s)
+
+    def _answer(self, batch: List[Job]) -> None:
+        self._metrics.record_batch(batch)
+        for job in batch:
+            if not job.cancelled:
+                job.on_done(job)
+        self._notify_if_idle()
+
+    def _notify_if_idle(self) -> None:
+        if self._queue or self._busy:
+            return
+        for waiter in self._idle_waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._idle_waiters.clear()
+
+
+class _EngineThread:
+    """Runs batches in order and hands them back to the loop."""
+
+    def __init__(
+        self, engine: Engine, loop: asyncio.AbstractEventLoop, on_finished: Callable[[List[Job]], None]
+    ) -> None:
+        self._engine = engine
+        self._loop = loop
+        self._on_finished = on_finished
+        self._batches: SimpleQueue[Optional[List[Job]]] = SimpleQueue()
+        # A daemon: an engine that hangs must not keep a stopping agent from ending.
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+    def run(self, batch: List[Job]) -> None:
+        self._batches.put(batch)
+
+    def stop(self) -> None:
+        self._batches.put(None)
+
+    def _serve(self) -> None:
+        for batch in iter(self._batches.get, None):
+            _execute(self._engine, batch)
+            self._loop.call_soon_threadsafe(self._on_finished, batch)
+
+
+# Executing
+
+
+def _execute(engine: Engine, batch: List[Job]) -> None:
+    """Run a batch and set ``outputs`` or ``error`` of every job.
+
+    A failing batch is halved until the request that fails stands alone, so the others are still answered.
+    """
+    started_s = time.monotonic()
+    try:
+        outputs = engine.run(batch[0].inputs if len(batch) == 1 else _merge(batch))
+        _share(outputs, batch)
+    except EngineError as error:
+        _isolate(engine, batch, error, started_s)
+    except Exception as error:
+        # The thread must outlive whatever a runtime raises; the cause is logged and told to the client.
+        _log.exception("the engine raised an error of an unexpected type")
+        _isolate(engine, batch, EngineError(f"{type(error).__name__}: {error}"), started_s)
+    else:
+        _stamp(batch, started_s)
+
+
+def _isolate(engine: Engine, batch: List[Job], error: EngineError, started_s: float) -> None:
+    if len(batch) == 1:
+        batch[0].error = error
+        _stamp(batch, started_s)
+        return
+    half = len(batch) // 2
+    _execute(engine, batch[:half])
+    _execute(engine, batch[half:])
+
+
+def _merge(batch: List[Job]) -> Arrays:
+    return {name: np.concatenate([job.inputs[name] for job in batch]) for name in batch[0].inputs}
+
+
+def _share(outputs: Arrays, batch: List[Job]) -> None:
+    if len(batch) == 1:
+        batch[0].outputs = outputs
+        return
+    total = sum(job.rows for job in batch)
+    for name, array in outputs.items():
+        if array.ndim == 0 or array.shape[0] != total:
+            raise EngineError(f"output '{name}' has no batch axis: {list(array.shape)} for {total} rows")
+    start = 0
+    for job in batch:
+        stop = start + job.rows
+        job.outputs = {name: array[start:stop] for name, array in outputs.items()}
+        start = stop
+
+
+def _stamp(batch: List[Job], started_s: float) -> None:
+    finished_s = time.monotonic()
+    rows = sum(job.rows for job in batch)
+    for job in batch:
+        job.started_s, job.finished_s, job.batch_rows = started_s, finished_s, rows

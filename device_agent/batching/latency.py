@@ -1,0 +1,62 @@
+"""What a batch of n rows costs, learned while serving.
+
+The cost is taken as affine, ``fixed + per_row * n``, and fitted by least squares with exponentially fading
+weights. Fading lets it follow a device that throttles or changes its power mode; a fit over all sizes, in
+place of an average for each, lets every observation correct the estimate of sizes that were not seen lately.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+_KEEP = 0.98  # weight of history at each observation: half is forgotten after 34
+_MIN_VARIANCE = 0.1  # of the row counts; below it the slope would be fitted to noise
+_MAX_OUTLIER = 4.0  # a sample counts at most as this multiple of what was expected
+
+
+class LatencyModel:
+    """Learned latency by number of rows."""
+
+    def __init__(self) -> None:
+        self._fixed_s = 0.0
+        self._per_row_s = 0.0
+        self._weight = 0.0
+        self._n = self._t = self._nn = self._nt = 0.0
+
+    def predict(self, rows: int) -> Optional[float]:
+        """Expected seconds for a batch of ``rows``; None while nothing was observed."""
+        if self._weight == 0.0:
+            return None
+        return self._fixed_s + self._per_row_s * rows
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Learn from one run."""
+        expected_s = self.predict(rows)
+        if expected_s is not None and self._weight > 5.0:
+            seconds = min(seconds, _MAX_OUTLIER * expected_s)
+        self._weight = _KEEP * self._weight + 1.0
+        self._n = _KEEP * self._n + rows
+        self._t = _KEEP * self._t + seconds
+        self._nn = _KEEP * self._nn + rows * rows
+        self._nt = _KEEP * self._nt + rows * seconds
+        self._fit()
+
+    def _fit(self) -> None:
+        mean_n, mean_t = self._n / self._weight, self._t / self._weight
+        variance = self._nn / self._weight - mean_n * mean_n
+        if variance < _MIN_VARIANCE:
+            self._rescale(mean_n, mean_t)
+            return
+        slope_s = (self._nt / self._weight - mean_n * mean_t) / variance
+        # Neither part can be negative; what one gives up, the other carries.
+        self._per_row_s = min(max(slope_s, 0.0), mean_t / mean_n)
+        self._fixed_s = mean_t - self._per_row_s * mean_n
+
+    def _rescale(self, mean_n: float, mean_t: float) -> None:
+        """One size alone tells the level; keep the shape that was learned before."""
+        before_s = self._fixed_s + self._per_row_s * mean_n
+        if before_s <= 0.0:
+            self._fixed_s, self._per_row_s = mean_t, 0.0
+            return
+        self._fixed_s *= mean_t / before_s
+        self._per_row_s *= mean_t / before_s

@@ -1,0 +1,239 @@
+"""The agent's settings: a frozen ``Config``, read strictly from TOML.
+
+A key that is not known is an error that names the file, the key and the nearest valid one; a typing
+mistake never silently leaves a default in place.
+
+    state_dir = "/var/lib/edgekit-agent"
+    keys_dir = "/etc/edgekit/keys"
+    allow_unsigned = false
+    control_socket = "/run/edgekit-agent/control.sock"
+    threads = 0                       # 0: as many as the machine has cores
+
+    [http]
+    host = "127.0.0.1"
+    port = 8000                       # 0: any free port, printed in the ready line
+
+    [metrics]
+    host = "127.0.0.1"
+    port = 8002
+
+    [limits]
+    max_body_bytes = 67108864
+
+    [batching]
+    max_queue_delay_us = 0
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import sys
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, TypeVar
+
+from device_agent.errors import BadInput
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_PATH = Path("/etc/edgekit/agent.toml")
+
+
+@dataclass(frozen=True)
+class Address:
+    """A TCP address to listen on.
+
+    Attributes:
+        host: a loopback address or ``localhost``.
+        port: 0 takes any free port.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may cost.
+
+    Attributes:
+        max_body_bytes: largest request body, also after it is decompressed; more is a 413.
+        max_queue_size: requests of one model that may wait; more are refused with 503.
+        max_connections: open connections; more are refused with 503.
+        header_timeout_s: from a request's first byte to the end of its head; the body has this long too,
+            and one second more for each 64 KiB.
+        idle_timeout_s: how long a connection may stay open without a request.
+        drain_timeout_s: how long a stopping agent waits for the requests that it accepted.
+    """
+
+    max_body_bytes: int = 64 * 1024 * 1024
+    max_queue_size: int = 256
+    max_connections: int = 1024
+    header_timeout_s: float = 10.0
+    idle_timeout_s: float = 75.0
+    drain_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How requests are put together.
+
+    Attributes:
+        max_queue_delay_us: how long an idle engine may wait for company, in microseconds. 0: never; requests
+            that arrive while the engine is busy still run together.
+    """
+
+    max_queue_delay_us: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that ``edgekit-agent serve`` can be told.
+
+    Attributes:
+        state_dir: where installed bundles live.
+        keys_dir: the public keys that this device trusts.
+        allow_unsigned: serve bundles without a signature; for development only.
+        control_socket: the Unix socket of ``install``, ``activate`` and their kin.
+        http: where the Open Inference Protocol is served.
+        metrics: where ``/metrics`` and the status page are served.
+        threads: threads that one inference may use; 0: as many as the machine has cores.
+    """
+
+    state_dir: Path = Path("/var/lib/edgekit-agent")
+    keys_dir: Path = Path("/etc/edgekit/keys")
+    allow_unsigned: bool = False
+    control_socket: Path = Path("/run/edgekit-agent/control.sock")
+    http: Address = Address(port=8000)
+    metrics: Address = Address(port=8002)
+    limits: Limits = field(default_factory=Limits)
+    batching: Batching = field(default_factory=Batching)
+    threads: int = 0
+
+
+def load(path: Optional[Path] = None) -> Config:
+    """Read a configuration file.
+
+    Args:
+        path: the file; None reads ``/etc/edgekit/agent.toml`` where it exists, and else takes the defaults.
+
+    Raises:
+        BadInput: the file is missing or malformed, has an unknown key or a wrong type, or asks for a bind
+            address that is not loopback.
+    """
+    if path is None:
+        if not DEFAULT_PATH.exists():
+            return Config()
+        path = DEFAULT_PATH
+    return parse(_read(path), str(path))
+
+
+def parse(text: str, source: str) -> Config:
+    """Read a configuration from TOML ``text``; ``source`` names it in errors."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{source} is not valid TOML", str(error), "correct the line that is named") from error
+    config = _fill(Config(), raw, source, "")
+    _check(config, source)
+    return config
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(
+            f"{path} cannot be read", error.strerror or str(error), "give --config an existing file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} cannot be read", f"it is not UTF-8: {error}", "save it as UTF-8") from error
+
+
+_T = TypeVar("_T")
+
+_KINDS: Dict[str, Tuple[Tuple[Type[Any], ...], str]] = {
+    "Path": ((str,), "a string"),
+    "str": ((str,), "a string"),
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+}
+
+
+def _fill(defaults: _T, raw: Mapping[str, Any], source: str, prefix: str) -> _T:
+    """Copy ``defaults`` with the values of a TOML table, each checked against the field's type."""
+    known = {f.name: f for f in fields(defaults)}  # type: ignore[arg-type]  # always a dataclass instance
+    changes: Dict[str, Any] = {}
+    for key, value in raw.items():
+        name = prefix + key
+        if key not in known:
+            raise _unknown_key(name, [prefix + k for k in known], source)
+        current = getattr(defaults, key)
+        if is_dataclass(current):
+            if not isinstance(value, dict):
+                raise _wrong_type(name, "a table", value, source)
+            changes[key] = _fill(current, value, source, name + ".")
+        else:
+            changes[key] = _scalar(str(known[key].type), name, value, source)
+    return replace(defaults, **changes)  # type: ignore[type-var]  # always a dataclass instance
+
+
+def _scalar(kind: str, name: str, value: Any, source: str) -> Any:
+    accepted, text = _KINDS[kind]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
+        raise _wrong_type(name, text, value, source)
+    if kind == "Path":
+        return Path(value)
+    return float(value) if kind == "float" else value
+
+
+def _unknown_key(name: str, known: List[str], source: str) -> BadInput:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    fix = f"did you mean '{close[0]}'?" if close else "choose one of: " + ", ".join(sorted(known))
+    return BadInput(f"{source} cannot be used", f"the key '{name}' is unknown", fix)
+
+
+def _wrong_type(name: str, expected: str, value: Any, source: str) -> BadInput:
+    return BadInput(f"{source} cannot be used", f"'{name}' is {value!r}", f"make '{name}' {expected}")
+
+
+def _check(config: Config, source: str) -> None:
+    """Check what types cannot say."""
+    _check_address(config.http, "http", source)
+    _check_address(config.metrics, "metrics", source)
+    limits = config.limits
+    positive = {f"limits.{f.name}": getattr(limits, f.name) for f in fields(limits)}
+    for name, value in positive.items():
+        if not 0 < value < float("inf"):
+            raise _wrong_type(name, "a number above zero", value, source)
+    for name, value in {
+        "threads": config.threads,
+        "batching.max_queue_delay_us": config.batching.max_queue_delay_us,
+    }.items():
+        if value < 0:
+            raise _wrong_type(name, "zero or more", value, source)
+
+
+def _check_address(address: Address, name: str, source: str) -> None:
+    if not 0 <= address.port <= 65535:
+        raise _wrong_type(f"{name}.port", "a port from 0 to 65535", address.port, source)
+    if not _is_loopback(address.host):
+        raise BadInput(
+            f"{source} cannot be used",
+            f"'{name}.host' is {address.host!r}: without TLS and a token anyone on the network could use it",
+            "bind to 127.0.0.1 or ::1, and reach the device through an SSH tunnel or a TLS proxy on it",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

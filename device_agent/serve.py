@@ -1,0 +1,132 @@
+"""The serving process: restore, listen, serve until told to stop, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from typing import Any, List
+
+from device_agent.config import Address, Config
+from device_agent.errors import Missing
+from device_agent.lifecycle import Lifecycle
+from device_agent.metrics import Metrics
+from device_agent.models import Models
+from device_agent.server import control
+from device_agent.server.http import HttpServer
+from device_agent.server.routes import InferenceRoutes
+from device_agent.server.status import StatusRoutes
+from device_agent.signature import Trust
+from device_agent.store import Store
+
+_log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT.
+
+    Every model that the store has active is loaded first. When all doors are open, one line is logged:
+    ``listening http=HOST:PORT metrics=HOST:PORT control=PATH``.
+
+    Returns:
+        0 if every accepted request was answered; 1 if ``drain_timeout_s`` ended the wait for some.
+
+    Raises:
+        AgentError: the store cannot be opened or an address cannot be bound.
+    """
+    _start_logging()
+    with Store(config.state_dir) as store:
+        loop = _new_event_loop()
+        asyncio.set_event_loop(loop)
+        try:
+            return loop.run_until_complete(_serve(config, store))
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            asyncio.set_event_loop(None)
+            loop.close()
+
+
+async def _serve(config: Config, store: Store) -> int:
+    loop = asyncio.get_running_loop()
+    metrics = Metrics()
+    models = Models(config, metrics)
+    lifecycle = Lifecycle(store, Trust(config.keys_dir, config.allow_unsigned), models)
+    lifecycle.bind(loop)
+    routes = InferenceRoutes(models, metrics, config)
+    http = HttpServer(routes, config.limits, metrics.count_http_error)
+    status = HttpServer(StatusRoutes(models, metrics), config.limits, metrics.count_http_error)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    # The doors open first: a health check gets "live, not ready" while models load, not a refused connection.
+    http_address = await _listen(http, config.http)
+    metrics_address = await _listen(status, config.metrics)
+    await loop.run_in_executor(None, lifecycle.restore)
+    control_server = await control.start(config.control_socket, lifecycle)
+    routes.ready = True
+    _log.info("listening http=%s metrics=%s control=%s", http_address, metrics_address, config.control_socket)
+    _notify_service_manager("READY=1")
+
+    await stop.wait()
+    _notify_service_manager("STOPPING=1")
+    _log.info("stopping: finishing accepted requests")
+    routes.ready = False
+    control_server.close()
+    complete = await http.drain(config.limits.drain_timeout_s)
+    await status.drain(1.0)
+    await _retire_all(models)
+    _log.info("stopped" if complete else "stopped before every request was answered")
+    return 0 if complete else 1
+
+
+async def _retire_all(models: Models) -> None:
+    """Free the engines; one that hangs is left to the end of the process."""
+    retiring: List[Any] = [models.retire(loaded) for loaded in models.serving()]
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(asyncio.gather(*retiring), timeout=1.0)
+
+
+async def _listen(server: HttpServer, address: Address) -> str:
+    try:
+        return await server.start(address)
+    except OSError as error:
+        raise Missing(
+            f"{address.host}:{address.port} cannot be listened on",
+            error.strerror or str(error),
+            "stop the process that holds the port, or set another port in agent.toml",
+        ) from error
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    """Uvloop's where it is installed, since it takes less of the processor; else asyncio's own."""
+    try:
+        import uvloop  # type: ignore[import-not-found]  # optional, so not there where types are checked
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+def _start_logging() -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+def _notify_service_manager(state: str) -> None:
+    """Tell systemd, if it started this process, how it is (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):  # an abstract socket
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        try:
+            sender.sendto(state.encode(), address)
+        except OSError as error:
+            _log.warning("the service manager cannot be told %s: %s", state, error)
