@@ -7,6 +7,7 @@ int8 = quantize(model, scales).model
 """
 
 from calibration.errors import CalibrationError
+from calibration.fp16 import Fp16Report, to_fp16
 from calibration.prepare import prepare
 from calibration.quantizer import Quantized, Report, quantize
 from calibration.runner import calibrate
@@ -14,6 +15,7 @@ from calibration.scales import Scales, TensorRange, load
 
 __all__ = [
     "CalibrationError",
+    "Fp16Report",
     "Quantized",
     "Report",
     "Scales",
@@ -22,4 +24,5 @@ __all__ = [
     "load",
     "prepare",
     "quantize",
+    "to_fp16",
 ]
