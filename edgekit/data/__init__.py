@@ -106,6 +106,34 @@ class Dataset:
             self, count=known, digest=f"{self.digest}[:{count}]", _read=lambda: islice(self._read(), count)
         )
 
+    def split(self, every: int) -> tuple[Dataset, Dataset]:
+        """Two parts: what is left, and every ``every``-th sample, held out."""
+        return (
+            self._where(lambda position: position % every != every - 1, f"{self.digest}[not 1/{every}]"),
+            self._where(lambda position: position % every == every - 1, f"{self.digest}[1/{every}]"),
+        )
+
+    def shuffled(self, samples: Sequence[Sample], seed: tuple[int, ...]) -> Dataset:
+        """A data set of ``samples``, read from this one before, in an order drawn from ``seed``."""
+        order = np.random.default_rng(seed).permutation(len(samples))
+        return Dataset(
+            len(samples),
+            self.has_labels,
+            f"{self.digest}[shuffled {seed}]",
+            lambda: (samples[position] for position in order),
+            self._pad_id,
+        )
+
+    def _where(self, keep: Callable[[int], bool], digest: str) -> Dataset:
+        count = None if self.count is None else sum(map(keep, range(self.count)))
+        return Dataset(
+            count,
+            self.has_labels,
+            digest,
+            lambda: (sample for position, sample in enumerate(self._read()) if keep(position)),
+            self._pad_id,
+        )
+
 
 def load_data(
     spec: str | Path,

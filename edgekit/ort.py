@@ -1,0 +1,67 @@
+"""ONNX Runtime sessions on this machine's CPU, opened the same way everywhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit.errors import BadInput
+from edgekit.tensors import Arrays
+
+
+class Session:
+    """An ONNX graph, ready to run.
+
+    Attributes:
+        outputs: names of the outputs, in order.
+    """
+
+    def __init__(self, graph: Path | bytes, threads: int | None = None) -> None:
+        """Load the graph.
+
+        Args:
+            graph: an ``.onnx`` file, or a serialized model.
+            threads: of one run; None: one a physical core, at most as many as this process may use.
+
+        Raises:
+            BadInput: ONNX Runtime does not accept the graph.
+        """
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(3)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or default_threads()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            source = str(graph) if isinstance(graph, Path) else graph
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's own exceptions share no base class
+            name = graph.name if isinstance(graph, Path) else "the graph"
+            raise BadInput(
+                f"ONNX Runtime {onnxruntime.__version__} does not accept {name}",
+                str(error).strip().splitlines()[0],
+                "check the model with `python -m onnx.checker`, or use another precision",
+            ) from error
+        self.inputs = tuple(tensor.name for tensor in self._session.get_inputs())
+        self.outputs = tuple(tensor.name for tensor in self._session.get_outputs())
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Run once; arrays by output name."""
+        feed = {name: inputs[name] for name in self.inputs}
+        return dict(zip(self.outputs, self._session.run(None, feed), strict=True))
+
+
+def default_threads() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def version() -> str:
+    """Version of ONNX Runtime."""
+    import onnxruntime
+
+    return str(onnxruntime.__version__)

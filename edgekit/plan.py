@@ -1,0 +1,218 @@
+"""The plan: which stages run on what, checked before any work, with the key of every artifact.
+
+A key is a digest of everything that goes into an artifact: the stage's code (its module and every module of
+this project that it imports, however far down), its settings, the keys or digests of its inputs, the parts
+of the profile that it looks at, and the versions of the libraries that it uses. All keys are known before the
+first stage runs, so ``--dry-run`` can say what is there already.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from edgekit.errors import BadInput
+from edgekit.profile import Profile
+from edgekit.recipe import Contract, Recipe
+from edgekit.stages.registry import STAGES, Sources, Stage, validate_config
+
+#: Share of the parameters to keep, where the model can be pruned and nothing else is asked.
+DEFAULT_SIZE = 0.35
+#: Candidates for ``--precision auto``, in the order of preference: the smaller file first.
+PRECISION_ORDER = ("int8", "fp16", "fp32")
+_OWN_PACKAGES = ("edgekit", "calibration", "host_trainer", "device_agent")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage's turn.
+
+    Attributes:
+        name: unique in the plan, such as ``quantize.int8``.
+        stage: its row in the registry.
+        config: its settings, JSON.
+        inputs: role -> name of the step that makes it.
+        key: of the artifact.
+    """
+
+    name: str
+    stage: Stage
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    key: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in an order in which they can run.
+
+    Attributes:
+        steps: all of them.
+        original: name of the step that builds the unchanged model's engine.
+        candidates: precision -> (name of the engine's step, name of its measurement's step).
+        size: largest share of parameters to keep; 1.0: no pruning.
+        metric: what is measured.
+    """
+
+    steps: tuple[Step, ...]
+    original: str
+    candidates: Mapping[str, tuple[str, str]]
+    size: float
+    metric: str
+
+
+def make_plan(sources: Sources, profile: Profile, recipe: Recipe, metric: str) -> Plan:
+    """Lay out the stages for a recipe and check that they chain.
+
+    Raises:
+        BadInput: the recipe, the model and the profile contradict each other.
+    """
+    precisions = _precisions(recipe, profile)
+    size = _size(recipe.contract, sources)
+    builder = _Builder(sources, profile)
+    original, exported = _graphs(builder, recipe, size)
+    build = {"max_batch_size": recipe.export.max_batch_size}
+    reference = builder.add("build.original", "build", build, {"graph": original})
+    candidates = {}
+    for precision in precisions:
+        graph = exported
+        if precision != "fp32":
+            settings = recipe.quantize.model_dump() if precision == "int8" else None
+            config = {"precision": precision, "quantize": settings}
+            graph = builder.add(f"quantize.{precision}", "quantize", config, {"graph": exported})
+        engine = builder.add(f"build.{precision}", "build", build, {"graph": graph})
+        verified = builder.add(
+            f"verify.{precision}",
+            "verify",
+            {"measure": recipe.measure.model_dump(), "metric": metric},
+            {"original": reference, "candidate": engine},
+        )
+        candidates[precision] = (engine, verified)
+    return Plan(tuple(builder.steps), reference, candidates, size, metric)
+
+
+def _graphs(builder: _Builder, recipe: Recipe, size: float) -> tuple[str, str]:
+    """Add the steps up to the two graphs: the unchanged model's, and the one to make candidates from."""
+    export = {"export": recipe.export.model_dump()}
+    original = builder.add("export.original", "export", export, {})
+    if size == 1.0:
+        return original, original
+    prune = {"prune": recipe.prune.model_dump(), "size": size, "seed": recipe.seed}
+    pruned = builder.add("prune", "prune", prune, {})
+    recover = {"recover": recipe.recover.model_dump(), "seed": recipe.seed}
+    recovered = builder.add("recover", "recover", recover, {"model": pruned})
+    return original, builder.add("export.pruned", "export", export, {"model": recovered})
+
+
+class _Builder:
+    """Collects steps, checking each against the registry and computing its key."""
+
+    def __init__(self, sources: Sources, profile: Profile) -> None:
+        self.steps: list[Step] = []
+        self._sources = sources
+        self._profile = profile.model_dump(mode="json")
+        self._made: dict[str, Step] = {}
+
+    def add(self, name: str, stage_name: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+        stage = STAGES[stage_name]
+        for role, source in inputs.items():
+            kind = self._made[source].stage.produces
+            if kind not in stage.consumes.get(role, ()):
+                raise ValueError(f"{name}: {stage_name} does not take {kind!r} as {role!r}")
+        plain = validate_config(stage, config).model_dump(mode="json")
+        step = Step(name, stage, plain, inputs, self._key(stage, plain, inputs))
+        self.steps.append(step)
+        self._made[name] = step
+        return name
+
+    def _key(self, stage: Stage, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+        ingredients = {
+            "code": code_digest(stage.module),
+            "config": config,
+            "inputs": {role: self._made[name].key for role, name in inputs.items()},
+            "sources": {name: getattr(self._sources, name).digest for name in stage.reads},
+            "profile": {name: self._profile[name] for name in stage.profile},
+            "tools": {name: importlib.metadata.version(name) for name in stage.libraries},
+        }
+        return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def _precisions(recipe: Recipe, profile: Profile) -> tuple[str, ...]:
+    wanted = PRECISION_ORDER if recipe.precision == "auto" else (recipe.precision,)
+    possible = tuple(precision for precision in wanted if precision in profile.precisions)
+    if not possible:
+        raise BadInput(
+            f"the profile {profile.name} cannot run {recipe.precision}",
+            f"it runs {', '.join(profile.precisions)}",
+            "choose one of these with --precision, or auto",
+        )
+    return possible
+
+
+def _size(contract: Contract, sources: Sources) -> float:
+    """Share of the parameters to keep.
+
+    Raises:
+        BadInput: a size below 1 is asked of a model that cannot be pruned.
+    """
+    prunable = sources.model.kind == "torch"
+    if contract.size is None:
+        return DEFAULT_SIZE if prunable else 1.0
+    if contract.size < 1 and not prunable:
+        form = {"onnx": "an ONNX graph", "exported": "a torch.export program"}[sources.model.kind]
+        raise BadInput(
+            f"size {contract.size:g} contradicts the model",
+            f"{form} has no modules to prune",
+            "give the torch model (a Hugging Face directory or module:factory), or --size 1",
+        )
+    return contract.size
+
+
+@cache
+def code_digest(module: str) -> str:
+    """SHA-256 over the source of a module and of every own module that it imports, transitively."""
+    digest = hashlib.sha256()
+    for name, path in sorted(_closure(module).items()):
+        digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _closure(module: str) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = _source(name)
+        if name not in found and path is not None:
+            found[name] = path
+            waiting.extend(_imports(path))
+    return found
+
+
+def _source(name: str) -> Path | None:
+    if name.partition(".")[0] not in _OWN_PACKAGES:
+        return None
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # ``from module import function``: the function is no module
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
+
+
+def _imports(path: Path) -> list[str]:
+    """Every module that a file may import, those inside functions included."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names

@@ -1,0 +1,96 @@
+"""Running a plan: the only file that knows the order of things.
+
+Each step's artifact is looked up by its key before it is made; a run that was interrupted or killed goes
+on with the first artifact that is missing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekit.artifact import Artifact, Store
+from edgekit.measure.memory import peak_rss
+from edgekit.plan import Plan, Step
+from edgekit.profile import Profile
+from edgekit.stages.registry import Inputs, Sources, Tick, validate_config
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a step cost.
+
+    Attributes:
+        name: the step's.
+        seconds: wall time; of the look-up, where it was cached.
+        cached: whether the artifact was there already.
+        peak_rss_bytes: largest resident memory during the step; None where the kernel does not tell.
+    """
+
+    name: str
+    seconds: float
+    cached: bool
+    peak_rss_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A plan that was carried out: artifacts by step name, and what each step cost."""
+
+    artifacts: Mapping[str, Artifact]
+    records: tuple[StageRecord, ...]
+
+
+class Progress:
+    """Told what happens; this one says nothing. ``edgekit.terminal`` has one for people."""
+
+    def begin(self, step: str) -> None:
+        """A step begins."""
+
+    def tick(self, done: int, total: int) -> None:
+        """The step that began last has done ``done`` of ``total`` units."""
+
+    def end(self, record: StageRecord) -> None:
+        """The step that began last has ended."""
+
+
+def run_plan(plan: Plan, sources: Sources, profile: Profile, store: Store, progress: Progress) -> Ran:
+    """Make every artifact of the plan, or find it in the store.
+
+    Raises:
+        EdgekitError: from a stage. What earlier steps made stays in the store.
+    """
+    artifacts: dict[str, Artifact] = {}
+    records = []
+    for step in plan.steps:
+        progress.begin(step.name)
+        begin = time.perf_counter()
+        with peak_rss() as peak:
+            artifact = store.get(step.key)
+            cached = artifact is not None
+            if artifact is None:
+                artifact = _make(step, artifacts, sources, profile, store, progress.tick)
+        artifacts[step.name] = artifact
+        records.append(StageRecord(step.name, time.perf_counter() - begin, cached, peak()))
+        progress.end(records[-1])
+    return Ran(artifacts, tuple(records))
+
+
+def _make(
+    step: Step,
+    artifacts: Mapping[str, Artifact],
+    sources: Sources,
+    profile: Profile,
+    store: Store,
+    tick: Tick,
+) -> Artifact:
+    inputs = Inputs(sources, {role: artifacts[name] for role, name in step.inputs.items()}, tick)
+    stage_run: Callable[..., Mapping[str, object]] = step.stage.load().run
+
+    def make(out: Path) -> Mapping[str, object]:
+        return stage_run(inputs, validate_config(step.stage, step.config), profile, out)
+
+    parents = tuple(artifacts[name].key for name in step.inputs.values())
+    return store.build(step.key, step.stage.produces, parents, make)

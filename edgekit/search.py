@@ -1,0 +1,170 @@
+"""Meeting a contract: reads what was measured, and picks.
+
+The order of preference is fixed, the smallest precision first; a later candidate is taken over an earlier one
+only where it is clearly faster. So noise in a timing does not decide between two that are nearly alike,
+and the same inputs pick the same candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edgekit.artifact import Artifact
+from edgekit.plan import Plan
+from edgekit.recipe import Contract
+from edgekit.run import Ran
+
+#: A larger candidate must be this many times as fast as the smaller one to be taken instead.
+CLEARLY_FASTER = 1.2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A measured candidate.
+
+    Attributes:
+        precision: of its graph.
+        engine: its artifact.
+        measurement: its artifact.
+        facts: the keys of CLI.md's ``chosen``: parameters, sizes, metric, latency, ratios.
+        unmet: the parts of the contract that it misses: ``size``, ``max_drop``, ``latency``.
+        slower: whether it is slower than the original on the same runtime.
+        reason: why it lost, or None for the chosen one.
+    """
+
+    precision: str
+    engine: Artifact
+    measurement: Artifact
+    facts: Mapping[str, Any]
+    unmet: tuple[str, ...]
+    slower: bool
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The original's facts, all candidates, and the chosen one among them."""
+
+    baseline: Mapping[str, Any]
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    unmet: tuple[str, ...]
+
+
+def pick(plan: Plan, ran: Ran, contract: Contract) -> Outcome:
+    """Choose among the candidates that miss least of the contract.
+
+    A candidate slower than the original is taken only if all are; ``unmet`` says what the chosen one misses.
+    """
+    baseline = _baseline(plan, ran)
+    candidates = [
+        _candidate(precision, ran.artifacts[engine], ran.artifacts[measured], baseline, ran, plan, contract)
+        for precision, (engine, measured) in plan.candidates.items()
+    ]
+    chosen = _best(candidates)
+    unmet = chosen.unmet + (("faster_than_original",) if chosen.slower else ())
+    judged = tuple(_with_reason(candidate, chosen) for candidate in candidates)
+    return Outcome(baseline, judged, judged[candidates.index(chosen)], unmet)
+
+
+def _best(candidates: list[Candidate]) -> Candidate:
+    """The first in the order of preference, unless a later one that misses no more is clearly faster."""
+    best = candidates[0]
+    for other in candidates[1:]:
+        gain = other.facts["speedup"] / best.facts["speedup"]
+        misses, best_misses = _misses(other), _misses(best)
+        if misses < best_misses or (misses == best_misses and gain > CLEARLY_FASTER):
+            best = other
+    return best
+
+
+def _misses(candidate: Candidate) -> tuple[bool, int]:
+    return candidate.slower, len(candidate.unmet)
+
+
+def _baseline(plan: Plan, ran: Ran) -> dict[str, Any]:
+    graph = ran.artifacts["export.original"].metadata
+    measured = ran.artifacts[next(iter(plan.candidates.values()))[1]].metadata
+    return {
+        "params": graph["params"],
+        "macs": graph["macs"],
+        "size_bytes": graph["size_bytes"],
+        "metric": measured["metric"]["original"],
+        "latency_ms": measured["latency_ms"]["original"],
+    }
+
+
+def _candidate(
+    precision: str,
+    engine: Artifact,
+    measurement: Artifact,
+    baseline: Mapping[str, Any],
+    ran: Ran,
+    plan: Plan,
+    contract: Contract,
+) -> Candidate:
+    graph = ran.artifacts["export.pruned" if plan.size < 1 else "export.original"].metadata
+    quantized = ran.artifacts.get(f"quantize.{precision}")
+    latency = measurement.metadata["latency_ms"]["candidate"]
+    original_latency = measurement.metadata["latency_ms"]["original"]
+    metric = measurement.metadata["metric"]["candidate"]
+    size_bytes = (engine.path / "model.onnx").stat().st_size
+    facts = {
+        "params": graph["params"],
+        "macs": graph["macs"],
+        "size_bytes": size_bytes,
+        "metric": metric,
+        "latency_ms": latency,
+        "params_ratio": graph["params"] / baseline["params"],
+        "size_ratio": size_bytes / baseline["size_bytes"],
+        "metric_drop": measurement.metadata["metric"]["original"]["value"] - metric["value"],
+        "speedup": original_latency["p50"] / latency["p50"],
+        "precision": precision,
+        "pruning": _pruning(plan, ran),
+        "calibrator": quantized.metadata["calibrator"] if quantized else None,
+        "layers_kept_high_precision": _kept(quantized),
+    }
+    return Candidate(
+        precision, engine, measurement, facts, unmet(facts, contract), slower=facts["speedup"] < 1
+    )
+
+
+def unmet(facts: Mapping[str, Any], contract: Contract) -> tuple[str, ...]:
+    """The parts of the contract that a candidate misses."""
+    bound = contract.latency
+    misses = {
+        "size": contract.size is not None and facts["params_ratio"] > contract.size,
+        "max_drop": contract.max_drop is not None and facts["metric_drop"] > contract.max_drop,
+        "latency": bound is not None and facts["latency_ms"][bound.quantile] > bound.ms,
+    }
+    return tuple(name for name, missed in misses.items() if missed)
+
+
+def _pruning(plan: Plan, ran: Ran) -> dict[str, Any] | None:
+    if plan.size == 1.0:
+        return None
+    metadata = ran.artifacts["prune"].metadata
+    return {key: metadata[key] for key in ("channel_fraction", "alignment", "widths")}
+
+
+def _kept(quantized: Artifact | None) -> dict[str, str]:
+    if quantized is None:
+        return {}
+    kept: dict[str, str] = quantized.metadata["report"].get("kept_float", {})
+    return kept
+
+
+def _with_reason(candidate: Candidate, chosen: Candidate) -> Candidate:
+    if candidate is chosen:
+        return candidate
+    if candidate.slower:
+        reason = f"slower than the original: {candidate.facts['speedup']:.2f} times its speed"
+    elif candidate.unmet:
+        reason = "misses " + ", ".join(candidate.unmet)
+    elif chosen.facts["speedup"] > CLEARLY_FASTER * candidate.facts["speedup"]:
+        reason = f"{chosen.precision} is clearly faster"
+    else:
+        reason = f"not clearly faster than {chosen.precision}, which is preferred"
+    return replace(candidate, reason=reason)

@@ -1,0 +1,204 @@
+"""Export to ONNX with a free batch axis, proven at two batch sizes.
+
+torch.onnx's dynamo path comes first. It can freeze the batch without an error (pytorch/pytorch#148886), and
+it cannot trace everything; the older TorchScript path is then tried, and the artifact records which path
+was taken and why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from edgekit import ort, surgery
+from edgekit.errors import BadInput, EdgekitError
+from edgekit.measure import graph as graph_facts
+from edgekit.models import Model
+from edgekit.modules import forward, parameter_count
+from edgekit.profile import Profile
+from edgekit.recipe import Export
+from edgekit.stages.registry import Inputs
+from edgekit.tensors import Arrays
+
+if TYPE_CHECKING:
+    from torch import nn
+
+GRAPH_FILE = "model.onnx"
+#: The newest opset that torch.onnx and ONNX Runtime's fusions both handle well.
+PREFERRED_OPSET = 20
+_TESTED_BATCHES = (1, 3)
+_TOLERANCE_FRACTION = 1e-3
+
+
+class Config(BaseModel):
+    """Settings of this stage."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    export: Export
+
+
+def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[str, Any]:
+    """Write the ONNX graph of the model, or of its pruned form where there is one.
+
+    Raises:
+        BadInput: neither path exports the model with a free batch axis and the same outputs.
+    """
+    model = inputs.sources.model
+    path = out / GRAPH_FILE
+    if model.kind == "onnx":
+        return {"exporter": "given", "why": None, **_take_over(model, path, profile)}
+    module = model.module()
+    if "model" in inputs.artifacts:
+        module = surgery.load_into(module, inputs.artifacts["model"].path)
+    opset = min(config.export.opset or PREFERRED_OPSET, profile.highest_opset)
+    exporter, why = _export(module, model, opset, path)
+    facts = graph_facts.read(path, model.example(1))
+    return {"exporter": exporter, "why": why, **facts.as_json(), "params": parameter_count(module)}
+
+
+def _take_over(model: Model, path: Path, profile: Profile) -> dict[str, Any]:
+    """Use an ONNX model as it is, its external data included, in one file."""
+    import onnx
+
+    graph = onnx.load(str(model.path))
+    graph_facts.strip(graph)
+    opset = graph_facts.opset(graph)
+    if opset > profile.highest_opset:
+        raise BadInput(
+            f"the ONNX model has opset {opset}",
+            f"the profile {profile.name} runs at most opset {profile.highest_opset}",
+            "export the model again with a lower opset",
+        )
+    onnx.save(graph, str(path))
+    return graph_facts.read(path, model.example(1)).as_json()
+
+
+def _export(module: nn.Module, model: Model, opset: int, path: Path) -> tuple[str, str | None]:
+    """Try the two paths in order; say which one worked, and why not the first."""
+    failures = []
+    for name, export in (("dynamo", _dynamo), ("torchscript", _torchscript)):
+        try:
+            with _quiet():
+                export(module, model, opset, path)
+            _tidy(path, opset)
+            _prove(module, model, path)
+        except Exception as error:  # exporters raise anything, down to bare AssertionError
+            failures.append(f"{name}: {_first_line(error)}")
+            path.unlink(missing_ok=True)
+            continue
+        return name, failures[0] if failures else None
+    raise BadInput(
+        f"the model {model.name} cannot be exported to ONNX",
+        "; ".join(failures),
+        "export it yourself and give the .onnx file, or make its forward traceable",
+    )
+
+
+def _dynamo(module: nn.Module, model: Model, opset: int, path: Path) -> None:
+    import torch
+
+    free = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if size == -1} or None
+        for spec in model.inputs
+    )
+    torch.onnx.export(
+        module,
+        _tensors(model.example(2)),
+        str(path),
+        input_names=[spec.name for spec in model.inputs],
+        output_names=[spec.name for spec in model.outputs],
+        opset_version=opset,
+        dynamo=True,
+        dynamic_shapes=free,
+        external_data=False,
+        verbose=False,
+    )
+
+
+def _torchscript(module: nn.Module, model: Model, opset: int, path: Path) -> None:
+    import torch
+
+    free = {
+        spec.name: {axis: f"{spec.name}_{axis}" for axis, size in enumerate(spec.shape) if size == -1}
+        for spec in (*model.inputs, *model.outputs)
+    }
+    torch.onnx.export(
+        module,
+        _tensors(model.example(2)),
+        str(path),
+        input_names=[spec.name for spec in model.inputs],
+        output_names=[spec.name for spec in model.outputs],
+        opset_version=opset,
+        dynamo=False,
+        dynamic_axes=free,
+    )
+
+
+def _tensors(arrays: Arrays) -> tuple[Any, ...]:
+    import torch
+
+    return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays.values())
+
+
+def _tidy(path: Path, opset: int) -> None:
+    """Remove what differs from run to run or names files of this machine; check the opset."""
+    import onnx
+
+    graph = onnx.load(str(path))
+    graph_facts.strip(graph)
+    if graph_facts.opset(graph) > opset:
+        raise ValueError(f"the exporter wrote opset {graph_facts.opset(graph)}, not {opset}")
+    onnx.checker.check_model(graph)
+    onnx.save(graph, str(path))
+
+
+def _prove(module: nn.Module, model: Model, path: Path) -> None:
+    """Compare the graph with the module at batch sizes that the export did not see."""
+    session = ort.Session(path)
+    batches = _TESTED_BATCHES if model.inputs[0].shape[0] == -1 else (model.inputs[0].shape[0],)
+    for batch in batches:
+        example = model.example(batch)
+        got = session.run(example)
+        for name, tensor in zip(session.outputs, forward(module, _tensors(example)), strict=True):
+            want = tensor.numpy()
+            if got[name].shape != want.shape:
+                raise ValueError(f"at batch {batch}, {name} has shape {got[name].shape}, not {want.shape}")
+            worst = float(np.abs(got[name].astype(np.float64) - want).max(initial=0))
+            if worst > _TOLERANCE_FRACTION * max(1.0, float(np.abs(want).max(initial=0))):
+                raise ValueError(f"at batch {batch}, {name} differs from the module by {worst:.2g}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' chatter out of the user's terminal; their errors still come through."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, EdgekitError):
+        return f"{error.what}: {error.why}"
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

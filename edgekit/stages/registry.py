@@ -1,0 +1,116 @@
+"""The stages, a line each: what a stage reads, makes, and depends on.
+
+A stage is a module with a pydantic model ``Config`` and a function
+
+    run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[str, Any]
+
+which writes the artifact's files into ``out`` and returns its metadata; the store adds digest and parents.
+Everything that can change the result is declared here, because the artifact's key is computed from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from edgekit.artifact import Artifact
+from edgekit.data import Dataset
+from edgekit.models import Model
+
+Tick = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a run starts from."""
+
+    model: Model
+    calib: Dataset
+    train: Dataset
+    held_out: Dataset
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage is given: the sources, the artifacts it consumes by role, and a progress hook."""
+
+    sources: Sources
+    artifacts: Mapping[str, Artifact]
+    tick: Tick
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the registry.
+
+    Attributes:
+        module: dotted name, imported when needed.
+        consumes: role -> kinds that it accepts there.
+        produces: kind of its artifact.
+        reads: names of ``Sources`` that it reads.
+        profile: fields of the profile that it looks at.
+        libraries: distributions whose versions can change the result.
+    """
+
+    module: str
+    consumes: Mapping[str, tuple[str, ...]]
+    produces: str
+    reads: tuple[str, ...]
+    profile: tuple[str, ...]
+    libraries: tuple[str, ...]
+
+    def load(self) -> ModuleType:
+        """Import the stage's module."""
+        return importlib.import_module(self.module)
+
+
+_GRAPHS = ("onnx",)
+
+STAGES: dict[str, Stage] = {
+    "prune": Stage(
+        "edgekit.stages.prune", {}, "torch", ("model",), ("alignment",), ("torch", "torch-pruning")
+    ),
+    "recover": Stage(
+        "edgekit.stages.recover", {"model": ("torch",)}, "torch", ("model", "train"), (), ("torch",)
+    ),
+    "export": Stage(
+        "edgekit.stages.export",
+        {"model": ("torch",)},
+        "onnx",
+        ("model",),
+        ("highest_opset",),
+        ("torch", "onnx"),
+    ),
+    "quantize": Stage(
+        "edgekit.stages.quantize",
+        {"graph": _GRAPHS},
+        "onnx",
+        ("calib",),
+        (),
+        ("onnx", "onnxruntime", "numpy"),
+    ),
+    "build": Stage(
+        "edgekit.stages.build",
+        {"graph": _GRAPHS},
+        "engine",
+        ("model",),
+        ("runtime", "accelerator"),
+        ("onnxruntime",),
+    ),
+    "verify": Stage(
+        "edgekit.stages.verify",
+        {"original": ("engine",), "candidate": ("engine",)},
+        "measurement",
+        ("held_out",),
+        (),
+        ("onnxruntime", "numpy"),
+    ),
+}
+
+
+def validate_config(stage: Stage, config: Mapping[str, Any]) -> Any:
+    """The stage's ``Config``, from plain JSON."""
+    return stage.load().Config.model_validate(config)

@@ -1,0 +1,122 @@
+"""Measurement of a candidate beside the original, on the files that would ship.
+
+The metric and the golden outputs are the same at every run; timings are not, and nothing that is
+made into a bundle depends on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from edgekit import ort
+from edgekit.artifact import Artifact
+from edgekit.builders.onnxruntime import ENGINE_FILE
+from edgekit.data import Dataset
+from edgekit.measure import accuracy, latency
+from edgekit.profile import Profile
+from edgekit.recipe import Measure
+from edgekit.stages.registry import Inputs
+
+GOLDEN_INPUTS = "golden_inputs.npz"
+GOLDEN_OUTPUTS = "golden_outputs.npz"
+_GOLDEN_ROWS = 4
+_METRIC_BATCH = 16
+
+#: How far an engine on another processor may be from the golden outputs, as a share of the largest value
+#: of the output: float kernels differ in summation order; a changed rounding moves an INT8 value by a step.
+GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 1e-1}
+
+
+class Config(BaseModel):
+    """Settings of this stage; ``metric`` as named by ``accuracy.choose``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    measure: Measure
+    metric: str
+
+
+def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[str, Any]:
+    """Measure the metric and the latency of both engines, and write the golden inputs and outputs.
+
+    Raises:
+        BadInput: the metric does not suit the model, or the held-out data is damaged.
+    """
+    held_out = inputs.sources.held_out.take(config.measure.max_samples)
+    sessions = {role: _session(inputs.artifacts[role]) for role in ("original", "candidate")}
+    outputs, labels = _outputs(sessions, held_out, inputs)
+    scores = {
+        role: accuracy.score(config.metric, values, outputs["original"], labels).as_json()
+        for role, values in outputs.items()
+    }
+    example = next(iter(held_out.batches(1))).inputs
+    timings = latency.interleaved(
+        {role: lambda session=session: session.run(example) for role, session in sessions.items()},  # type: ignore[misc]  # bound early on purpose
+        runs=config.measure.runs,
+        warmup=config.measure.warmup,
+        batch=1,
+        where=latency.this_machine(),
+    )
+    tolerances = _golden(sessions["candidate"], held_out, inputs.artifacts["candidate"], out)
+    return {
+        "metric": scores,
+        "latency_ms": {role: timing.as_json() for role, timing in timings.items()},
+        "tolerances": tolerances,
+    }
+
+
+def _session(engine: Artifact) -> ort.Session:
+    return ort.Session(engine.path / ENGINE_FILE)
+
+
+def _outputs(
+    sessions: Mapping[str, ort.Session], data: Dataset, inputs: Inputs
+) -> tuple[dict[str, accuracy.Outputs], accuracy.Labels]:
+    """Run everything; outputs by role and name over all samples, and the labels."""
+    collected: dict[str, dict[str, list[np.ndarray[Any, Any]]]] = {role: {} for role in sessions}
+    labels: list[np.ndarray[Any, Any]] = []
+    size = _METRIC_BATCH if inputs.sources.model.inputs[0].shape[0] == -1 else 1
+    done = 0
+    for batch in data.batches(size):
+        for role, session in sessions.items():
+            for name, value in session.run(batch.inputs).items():
+                collected[role].setdefault(name, []).append(value)
+        if batch.labels is not None:
+            labels.append(batch.labels)
+        done += len(next(iter(batch.inputs.values())))
+        inputs.tick(done, data.count or done)
+    joined = {
+        role: {name: _join(values) for name, values in by_name.items()} for role, by_name in collected.items()
+    }
+    return joined, np.concatenate(labels) if labels else None
+
+
+def _join(values: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """Concatenate along the samples; per-token outputs of different lengths are filled with zeros."""
+    longest = tuple(max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True))
+    filled = [
+        np.pad(
+            value, [(0, 0), *((0, most - size) for most, size in zip(longest, value.shape[1:], strict=True))]
+        )
+        for value in values
+    ]
+    return np.concatenate(filled)
+
+
+def _golden(session: ort.Session, data: Dataset, engine: Artifact, out: Path) -> dict[str, Any]:
+    """Write a few held-out inputs with the candidate's own outputs; return the tolerances."""
+    rows = min(_GOLDEN_ROWS, int(engine.metadata["max_batch_size"]))
+    golden_inputs = next(iter(data.batches(rows))).inputs
+    golden_outputs = session.run(golden_inputs)
+    np.savez(out / GOLDEN_INPUTS, **golden_inputs)  # type: ignore[arg-type]  # names are the model's inputs
+    np.savez(out / GOLDEN_OUTPUTS, **golden_outputs)  # type: ignore[arg-type]
+    share = GOLDEN_TOLERANCE[engine.metadata["precision"]]
+    return {
+        name: {"absolute": share * max(float(np.abs(value).max(initial=0)), 1e-6), "relative": 0.0}
+        for name, value in golden_outputs.items()
+    }
