@@ -17,12 +17,13 @@ import json
 import sys
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgekit.errors import BadInput, nearest
+from edgekit.toml_writer import toml_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -145,8 +146,8 @@ class Profile(_Strict):
             missing = [p for p in self.precisions if p not in getattr(self, table)]
             if missing:
                 raise ValueError(f"{table} says nothing about {missing[0]}, which precisions lists")
-        if (self.accelerator.sm is None) == (self.runtime.name == "tensorrt"):
-            raise ValueError("accelerator.sm belongs to a profile with TensorRT, and only there")
+        if self.runtime.name == "tensorrt" and self.accelerator.sm is None:
+            raise ValueError("a profile with TensorRT has to say accelerator.sm, which engines are built for")
         return self
 
 
@@ -216,9 +217,7 @@ def digest(profile: Profile) -> str:
 
 def to_toml(profile: Profile) -> str:
     """The profile as TOML; ``load`` of it gives an equal profile."""
-    lines: list[str] = []
-    _write_table(profile.model_dump(mode="json", exclude_none=True), (), lines)
-    return "\n".join(lines).lstrip("\n") + "\n"
+    return toml_text(profile.model_dump(mode="json", exclude_none=True))
 
 
 # Reading
@@ -277,38 +276,3 @@ _TABLES: dict[str, type[_Strict]] = {
 
 def _valid_keys(table: list[str]) -> list[str]:
     return list((_TABLES[table[0]] if table else Profile).model_fields)
-
-
-# Writing
-
-
-def _write_table(table: dict[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
-    """Plain values first, then the tables below: TOML has no way back up."""
-    for key, value in table.items():
-        if not _is_table(value) and not _is_table_array(value):
-            lines.append(f"{key} = {_value(value)}")
-    for key, value in table.items():
-        if _is_table(value):
-            lines += ["", f"[{'.'.join((*path, key))}]"]
-            _write_table(value, (*path, key), lines)
-        elif _is_table_array(value):
-            for item in value:
-                lines += ["", f"[[{'.'.join((*path, key))}]]"]
-                _write_table(item, (*path, key), lines)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_table_array(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(_value(item) for item in value) + "]"
-    if isinstance(value, str):
-        # JSON's string escapes are TOML's, once DEL is escaped too.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)

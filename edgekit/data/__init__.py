@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,12 +157,7 @@ def load_data(
     """
     source = _open(str(spec), preprocess, signature, seed)
 
-    def read() -> Iterator[Sample]:
-        for where, inputs, label in source.read():
-            check_sample(inputs, signature, where)
-            yield Sample(inputs, label)
-
-    first = next(read(), None)
+    first = next(source.read(), None)
     if first is None:
         raise BadInput(
             f"the data {spec} is empty",
@@ -169,7 +165,22 @@ def load_data(
             "give at least a few hundred samples that look like what the device will see",
         )
     pad_id = preprocess.pad_id if isinstance(preprocess, preprocessing.TextPreprocess) else 0
-    return Dataset(source.count, first.label is not None, source.digest, read, pad_id)
+    has_labels = first[2] is not None
+    read = partial(_checked, source, signature, has_labels)
+    next(read())
+    return Dataset(source.count, has_labels, source.digest, read, pad_id)
+
+
+def _checked(source: Source, signature: Sequence[TensorSpec] | None, has_labels: bool) -> Iterator[Sample]:
+    for where, inputs, label in source.read():
+        check_sample(inputs, signature, where)
+        if (label is not None) != has_labels:
+            raise BadInput(
+                f"{where} {'lacks a label' if has_labels else 'has a label'}",
+                f"the first sample has {'one' if has_labels else 'none'}",
+                "give every sample a label, or none",
+            )
+        yield Sample(inputs, label)
 
 
 def _open(

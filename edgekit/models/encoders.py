@@ -14,16 +14,19 @@ _ANSWERS = ("logits", "image_embeds", "text_embeds", "last_hidden_state")
 class ImageEncoder(nn.Module):
     """``pixel_values`` float [batch, channels, height, width] to the model's logits, embeddings or states."""
 
+    input_names = ("pixel_values",)
+
     def __init__(self, encoder: Any) -> None:
         super().__init__()
         self.encoder = encoder
-        self.input_names = ("pixel_values",)
-        self.output_name = "output"
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Answer a batch of images."""
-        self.output_name, value = _answer(self.encoder(pixel_values=pixel_values, return_dict=True))
-        return value
+        return _only(self.named(pixel_values))
+
+    def named(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """As ``forward``, with the output's name."""
+        return _answer(self.encoder(pixel_values=pixel_values, return_dict=True))
 
 
 class TextEncoder(nn.Module):
@@ -33,14 +36,18 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.encoder = _without_unused(encoder)
         self.input_names = ("input_ids", "attention_mask", *(("token_type_ids",) if takes_types else ()))
-        self.output_name = "output"
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         """Answer a batch of texts; where ``attention_mask`` is 0 there is padding."""
-        self.output_name, value = _answer(self._encode(input_ids, attention_mask, token_type_ids))
-        return value
+        return _only(self.named(input_ids, attention_mask, token_type_ids))
+
+    def named(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """As ``forward``, with the output's name."""
+        return _answer(self._encode(input_ids, attention_mask, token_type_ids))
 
     def _encode(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Any:
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
@@ -58,15 +65,14 @@ class SentenceEncoder(TextEncoder):
         super().__init__(encoder, takes_types)
         self.pooling = pooling
         self.normalize = normalize
-        self.output_name = "sentence_embedding"
 
-    def forward(
+    def named(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
         """Embed a batch of texts; padding has no influence."""
         states: Tensor = self._encode(input_ids, attention_mask, token_type_ids).last_hidden_state
         vectors = _pool(states, attention_mask, self.pooling)
-        return nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors
+        return {"sentence_embedding": nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors}
 
 
 def _pool(states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
@@ -78,12 +84,17 @@ def _pool(states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     return (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
 
 
-def _answer(outputs: Any) -> tuple[str, Tensor]:
+def _answer(outputs: Any) -> dict[str, Tensor]:
     for name in _ANSWERS:
         value = outputs.get(name)
         if isinstance(value, torch.Tensor):
-            return name, value
+            return {name: value}
     raise TypeError(f"a {type(outputs).__name__} has none of {', '.join(_ANSWERS)}")
+
+
+def _only(named: dict[str, Tensor]) -> Tensor:
+    (value,) = named.values()
+    return value
 
 
 def _without_unused(encoder: Any) -> Any:

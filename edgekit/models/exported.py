@@ -55,13 +55,12 @@ def load(path: Path) -> Model:
     program = _read(path)
     inputs = _inputs(path, program)
     examples = partial(plain_examples, inputs)
-    module = program.module()
     return Model(
         kind="exported",
         name=model_name(path.stem),
         digest=file_digest(path),
         inputs=inputs,
-        outputs=outputs_of(module, inputs, examples, str(path)),
+        outputs=outputs_of(_callable(program, inputs), inputs, examples, str(path)),
         path=path,
         preprocess=None,
         _examples=examples,
@@ -71,7 +70,18 @@ def load(path: Path) -> Model:
 
 def _build(path: Path) -> nn.Module:
     _screen(path)
-    return _read(path).module()
+    program = _read(path)
+    return _callable(program, _inputs(path, program))
+
+
+def _callable(program: ExportedProgram, inputs: tuple[TensorSpec, ...]) -> nn.Module:
+    """The program's module, taking its inputs by position even if it was exported with keywords."""
+    from edgekit.models.positional import Positional
+
+    positional, keywords = (spec.num_children for spec in program.call_spec.in_spec.children())
+    if not keywords:
+        return program.module()
+    return Positional(program.module(), [spec.name for spec in inputs], positional)
 
 
 def _read(path: Path) -> ExportedProgram:

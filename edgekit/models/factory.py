@@ -99,6 +99,12 @@ def _named(spec: str, value: Any, names: list[str]) -> Arrays:
         _check_names(spec, set(value), names)
         return {name: _array(spec, value[name]) for name in names if name in value}
     values = value if isinstance(value, tuple | list) else (value,)
+    if len(values) > len(names):
+        raise BadInput(
+            f"the example inputs of {spec} are too many",
+            f"forward takes {', '.join(names)}; example_inputs returned {len(values)} inputs",
+            "return a tuple with one batch for each input of forward",
+        )
     return {name: _array(spec, item) for name, item in zip(names, values, strict=False)}
 
 
@@ -152,8 +158,10 @@ def _module_of(layer: nn.Module) -> ModuleType | None:
 
 
 def _state_digest(module: nn.Module) -> str:
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

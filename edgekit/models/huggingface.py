@@ -19,7 +19,7 @@ from edgekit.preprocess.huggingface import read_json
 from edgekit.tensors import Arrays
 
 if TYPE_CHECKING:
-    from torch import nn
+    from edgekit.models import encoders
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _DIGESTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*/config.json")
@@ -56,7 +56,7 @@ def load(directory: Path) -> Model:
         name=model_name(directory.resolve().name),
         digest=_digest(directory),
         inputs=inputs,
-        outputs=outputs_of(module, inputs, examples, str(directory)),
+        outputs=outputs_of(module.named, inputs, examples, str(directory)),
         path=directory,
         preprocess=description,
         _examples=examples,
@@ -64,7 +64,7 @@ def load(directory: Path) -> Model:
     )
 
 
-def _build(directory: Path, config: dict[str, Any]) -> nn.Module:
+def _build(directory: Path, config: dict[str, Any]) -> encoders.ImageEncoder | encoders.TextEncoder:
     """The encoder of the directory in a wrapper with plain tensors as inputs and one tensor as output."""
     from edgekit.models import encoders
 
@@ -170,11 +170,13 @@ def _unsupported_modules(directory: Path, why: str) -> BadInput:
     )
 
 
-def _inputs(module: nn.Module, description: preprocess.Preprocess | None) -> tuple[TensorSpec, ...]:
+def _inputs(
+    module: encoders.ImageEncoder | encoders.TextEncoder, description: preprocess.Preprocess | None
+) -> tuple[TensorSpec, ...]:
     from edgekit.models import encoders
 
     if not isinstance(module, encoders.ImageEncoder):
-        return tuple(TensorSpec(name, "INT64", (-1, -1)) for name in module.input_names)  # type: ignore[union-attr]
+        return tuple(TensorSpec(name, "INT64", (-1, -1)) for name in module.input_names)
     if isinstance(description, preprocess.ImagePreprocess):
         return (TensorSpec("pixel_values", "FP32", (-1, len(description.channels), *description.size)),)
     config: Any = module.encoder.config

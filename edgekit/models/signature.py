@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from device_agent.manifest import TensorSpec
-from edgekit.errors import BadInput
+from edgekit.errors import BadInput, EdgekitError
 from edgekit.tensors import Arrays, numpy_dtype, protocol_dtype
-
-if TYPE_CHECKING:
-    from torch import nn
 
 # Two runs that differ in every free size tell which sizes of an output are free.
 _FIRST_RUN = (2, 16)
@@ -23,8 +20,7 @@ _EXAMPLE_SEED = 0
 def run(module: Callable[..., Any], inputs: Arrays, names: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
     """Run a module on arrays, by position in the order of ``names``; its outputs by name.
 
-    A single tensor is called by the module's ``output_name``, or ``output``; a tuple's are ``output_0``,
-    ``output_1``...; a dict's keep their keys.
+    A single tensor is called ``output``; a tuple's are ``output_0``, ``output_1``...; a dict's keep theirs.
     """
     import torch
 
@@ -32,7 +28,7 @@ def run(module: Callable[..., Any], inputs: Arrays, names: Sequence[str]) -> dic
     with torch.inference_mode():
         result = module(*tensors)
     if isinstance(result, torch.Tensor):
-        named: Mapping[str, Any] = {str(getattr(module, "output_name", "output")): result}
+        named: Mapping[str, Any] = {"output": result}
     elif isinstance(result, Mapping):
         named = result
     elif isinstance(result, tuple | list):
@@ -76,7 +72,10 @@ def _plain_example(
 
 
 def outputs_of(
-    module: nn.Module, inputs: Sequence[TensorSpec], examples: Callable[[int, int], Arrays], what: str
+    module: Callable[..., Any],
+    inputs: Sequence[TensorSpec],
+    examples: Callable[[int, int], Arrays],
+    what: str,
 ) -> tuple[TensorSpec, ...]:
     """Run a module twice, with different free sizes, and describe its outputs.
 
@@ -87,17 +86,32 @@ def outputs_of(
     try:
         first = run(module, examples(*_FIRST_RUN), names)
         second = run(module, examples(*_SECOND_RUN), names)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+    except EdgekitError:
+        raise
+    except Exception as error:  # whatever a user's module raises
+        reason = str(error).strip().splitlines() or [""]
         raise BadInput(
             f"{what} fails on its example inputs",
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            f"{type(error).__name__}: {reason[0]}",
             "it has to run with "
             + ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in inputs),
         ) from error
+    if {name: array.ndim for name, array in first.items()} != {
+        name: array.ndim for name, array in second.items()
+    }:
+        raise BadInput(
+            f"{what} answers differently for different batches",
+            f"a batch of {_FIRST_RUN[0]} gives {_shapes(first)}, one of {_SECOND_RUN[0]} {_shapes(second)}",
+            "a model keeps the number of its outputs and of their axes",
+        )
     return tuple(
         TensorSpec(name, protocol_dtype(array.dtype), _free(array.shape, second[name].shape))
         for name, array in first.items()
     )
+
+
+def _shapes(arrays: Arrays) -> str:
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
 
 
 def _free(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
