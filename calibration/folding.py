@@ -103,7 +103,7 @@ def _fusable(norm: NodeProto, source: NodeProto, index: Index) -> bool:
         and constants
         and weights
         and integer(norm, "training_mode", 0) == 0
-        and index.sole_reader(norm.input[0]) is norm
+        and index.sole_reader(norm.input[0]) is not None
         and not any(name for name in norm.output[1:])
     )
 

@@ -25,6 +25,7 @@ JOINING = frozenset({"Add", "Concat", "GlobalAveragePool", "AveragePool"})
 COPYING = frozenset(
     {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "MaxPool", "Slice", "Gather", "Split"}
 )
+_KEEPS_DISTRIBUTION = frozenset({"Where", "Reshape", "Transpose", "Cast", "Expand", "Squeeze", "Unsqueeze"})
 #: Activations that ONNX Runtime and TensorRT merge into the operator before them.
 MERGED = frozenset({"Relu", "Clip"})
 
@@ -164,12 +165,31 @@ def _reason_to_keep(node: NodeProto, index: Index, target: Target, excluded: fro
     if not index.is_float_activation(source):
         return "its first input is a constant or not float32"
     if weight not in index.constants:
-        both = node.op_type == "MatMul" and index.is_float_activation(weight)
-        return None if both else "its weight is not a constant"
+        return _product_reason(node, index)
     if node.op_type == "Gemm":
         return _gemm_reason(node, index)
     bias = node.input[2] if len(node.input) > 2 else ""
     return "its bias is not a constant" if bias and bias not in index.constants else None
+
+
+def _product_reason(node: NodeProto, index: Index) -> str | None:
+    """Why a product without a constant weight stays in float."""
+    if node.op_type != "MatMul" or not index.is_float_activation(node.input[1]):
+        return "its weight is not a constant"
+    if any(_is_distribution(name, index) for name in node.input[:2]):
+        # Over n positions the values are near 1/n: at 512 tokens below half a step of uint8, and on a
+        # text encoder the cosine to float fell from 0.994 to 0.975.
+        return "it averages by a Softmax, whose values sink below one integer step on long inputs"
+    return None
+
+
+def _is_distribution(name: str, index: Index) -> bool:
+    """Whether a tensor is a Softmax, masked or moved about."""
+    node = index.producer.get(name)
+    while node is not None and node.op_type in _KEEPS_DISTRIBUTION:
+        values = node.input[2] if node.op_type == "Where" else node.input[0]
+        node = index.producer.get(values)
+    return node is not None and node.op_type == "Softmax"
 
 
 def _gemm_reason(node: NodeProto, index: Index) -> str | None:

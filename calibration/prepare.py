@@ -1,7 +1,7 @@
 """The same function in the form that quantization works on.
 
 Opset 13 or newer, every node named, constants folded, Identity and Dropout gone, BatchNormalization
-fused into the convolution before it, shapes inferred.
+fused into the convolution before it, GELU and spatial means spelled as runtimes fuse them, shapes inferred.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
+from calibration.canonical import rewrite
 from calibration.errors import CalibrationError
 from calibration.folding import fold_constants, fuse_batch_norms
 from calibration.graph import (
@@ -48,6 +49,8 @@ def prepare(model: ModelProto) -> ModelProto:
     fold_constants(prepared)
     _drop_identities(prepared)
     fuse_batch_norms(prepared)
+    prepared = _infer_shapes(prepared)
+    rewrite(prepared)
     drop_unused_constants(prepared.graph)
     prepared = _infer_shapes(prepared)
     prepared.metadata_props.add(key=_MARK, value="1")
