@@ -42,7 +42,8 @@ _ARITHMETIC = (
     ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
 )  # fmt: skip
 _SYMPY_CLASS = re.compile(r"[A-Z][A-Za-z0-9]*")
-_SYMBOL = re.compile(r"[a-z]+_?\d*")
+_SIZE = re.compile(r"[a-z]+\d+")
+_SYMBOL = re.compile(r"[A-Za-z]+(_?[A-Za-z0-9]+)*")
 
 
 def load(path: Path) -> Model:
@@ -172,7 +173,7 @@ def _is_plain(node: ast.AST, *, is_called: bool, is_symbol: bool) -> bool:
     if not isinstance(node, _ARITHMETIC):
         return False
     if isinstance(node, ast.Name):
-        return (_SYMPY_CLASS if is_called else _SYMBOL).fullmatch(node.id) is not None
+        return (_SYMPY_CLASS if is_called else _SIZE).fullmatch(node.id) is not None
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return is_symbol and _SYMBOL.fullmatch(node.value) is not None
     return not is_called
