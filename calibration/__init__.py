@@ -12,10 +12,12 @@ from calibration.prepare import prepare
 from calibration.quantizer import Quantized, Report, quantize
 from calibration.runner import calibrate
 from calibration.scales import Scales, TensorRange, load
+from calibration.sensitivity import LayerSensitivity, sensitivity, sqnr_db
 
 __all__ = [
     "CalibrationError",
     "Fp16Report",
+    "LayerSensitivity",
     "Quantized",
     "Report",
     "Scales",
@@ -24,5 +26,7 @@ __all__ = [
     "load",
     "prepare",
     "quantize",
+    "sensitivity",
+    "sqnr_db",
     "to_fp16",
 ]

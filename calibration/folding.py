@@ -19,8 +19,7 @@ def fold_constants(model: ModelProto) -> None:
     Each is run by ONNX Runtime, the runtime whose numbers the rest of calibration uses. A node whose
     value would be larger than its inputs by more than 1 MiB stays.
     """
-    overridable = {value.name for value in model.graph.input}
-    constants = {t.name: t for t in model.graph.initializer if t.name not in overridable}
+    constants = {t.name: t for t in model.graph.initializer}
     index = Index(model)
     kept: list[NodeProto] = []
     for node in model.graph.node:

@@ -20,6 +20,8 @@ from calibration.graph import (
     array,
     drop_unused_constants,
     opset,
+    outer_reads,
+    rename_reads,
     replace_nodes,
     subgraphs,
 )
@@ -173,9 +175,8 @@ class _Converter:
         ordered.append(node)
 
     def _to_float(self, node: NodeProto, ordered: list[NodeProto]) -> None:
-        for i, name in enumerate(node.input):
-            if name in self._half:
-                node.input[i] = self._cast(name, TensorProto.FLOAT, ordered)
+        for name in sorted({*node.input, *outer_reads(node)} & self._half):
+            rename_reads([node], name, self._cast(name, TensorProto.FLOAT, ordered))
         ordered.append(node)
 
     def _as_half(self, name: str, ordered: list[NodeProto]) -> str:

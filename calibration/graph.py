@@ -172,9 +172,5 @@ def drop_unused_constants(graph: GraphProto) -> None:
     for node in graph.node:
         used.update((*node.input, *outer_reads(node)))
     kept = [t for t in graph.initializer if t.name in used]
-    gone = {t.name for t in graph.initializer} - {t.name for t in kept}
     del graph.initializer[:]
     graph.initializer.extend(kept)
-    inputs = [value for value in graph.input if value.name not in gone]
-    del graph.input[:]
-    graph.input.extend(inputs)

@@ -22,9 +22,7 @@ from calibration.errors import CalibrationError
 from calibration.graph import LINEAR, Index, array, attribute, integer, subgraphs, walk_graphs
 
 JOINING = frozenset({"Add", "Concat", "GlobalAveragePool", "AveragePool"})
-COPYING = frozenset(
-    {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "MaxPool", "Slice", "Gather", "Split"}
-)
+COPYING = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "MaxPool", "Slice", "Gather"})
 _KEEPS_DISTRIBUTION = frozenset({"Where", "Reshape", "Transpose", "Cast", "Expand", "Squeeze", "Unsqueeze"})
 #: Activations that ONNX Runtime and TensorRT merge into the operator before them.
 MERGED = frozenset({"Relu", "Clip"})

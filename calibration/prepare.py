@@ -18,6 +18,7 @@ from calibration.graph import (
     Names,
     attribute,
     drop_unused_constants,
+    model_inputs,
     opset,
     outer_reads,
     rename_reads,
@@ -27,6 +28,8 @@ from calibration.graph import (
 
 #: Per-channel Q/DQ exists from opset 13 on.
 MIN_OPSET = 13
+#: The file format that came with opset 13.
+MIN_IR_VERSION = 7
 _MARK = "calibration.prepared"
 _QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger"})
 
@@ -44,6 +47,7 @@ def prepare(model: ModelProto) -> ModelProto:
         return model
     refuse_quantized(model)
     prepared = _upgrade(model)
+    _freeze_constants(prepared)
     _name_nodes(prepared)
     _lift_constants(prepared)
     fold_constants(prepared)
@@ -84,6 +88,14 @@ def _upgrade(model: ModelProto) -> ModelProto:
             f"per-channel scales need {MIN_OPSET}, and the upgrade failed: {str(error).splitlines()[0]}",
             f"export the model again with opset {MIN_OPSET} or newer",
         ) from error
+
+
+def _freeze_constants(model: ModelProto) -> None:
+    """Take the initializers out of the inputs, where files older than IR version 4 list them too."""
+    inputs = model_inputs(model)
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.ir_version = max(model.ir_version, MIN_IR_VERSION)
 
 
 def _name_nodes(model: ModelProto) -> None:

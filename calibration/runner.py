@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnxruntime as ort
 from onnx import ModelProto, TensorProto, helper
 
 from calibration.errors import CalibrationError
@@ -22,6 +21,7 @@ from calibration.placement import observed_tensors
 from calibration.prepare import prepare
 from calibration.samples import check, rows, signature
 from calibration.scales import Scales, TensorRange
+from calibration.session import open_session
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 
@@ -109,7 +109,7 @@ class _Probe:
         ]
         self._shapes = {name: editor.shape(name) for name in self.macs.tensors}
         self._threads = threads
-        self._session = _session(editor.model, threads)
+        self._session = open_session(editor.model, threads)
         self._wanted = [name for fetch in self._fetches for name in fetch.names] + list(self._shapes.values())
 
     def run(self, row: Mapping[str, Array], position: int) -> None:
@@ -147,7 +147,7 @@ class _Probe:
         """Look at the tensor itself: a sum can overflow where every value is finite."""
         editor = _Editor(self._model)
         output = editor.values(tensor).names[0]
-        values = _session(editor.model, self._threads).run([output], dict(row))[0]
+        values = open_session(editor.model, self._threads).run([output], dict(row))[0]
         if not np.isfinite(values).all():
             raise _not_finite(tensor, position)
 
@@ -200,20 +200,6 @@ class _Editor:
 
 def _inputs(model: ModelProto) -> list[str]:
     return [value.name for value in model.graph.input]
-
-
-def _session(model: ModelProto, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors share no base class below Exception
-        raise CalibrationError(
-            "ONNX Runtime cannot load the model",
-            str(error).strip().splitlines()[0],
-            "check the file with onnx.checker, or export it again",
-        ) from error
 
 
 def _not_finite(tensor: str, position: int) -> CalibrationError:
