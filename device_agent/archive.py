@@ -184,7 +184,7 @@ def _walk(directory: Path) -> Iterator[Tuple[str, int]]:
 def _open_listed(directory: Path, entry: FileEntry) -> BinaryIO:
     path = directory / entry.path
     try:
-        return os.fdopen(os.open(str(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        return manifest_module.open_regular(path, follow_links=False)
     except FileNotFoundError as error:
         raise TrustError(
             f"a file of the bundle is missing: {entry.path}", "the manifest lists it", _REMAKE
@@ -255,7 +255,7 @@ class _ArchiveReader:
                 self._explain(header, entry, seen, head.manifest)
             with _create(destination / entry.path) as out:
                 _copy_exactly(self._stream, entry, out)
-            self._read(len(ustar.padding(entry.size_bytes)))
+            self._skip_padding(entry.size_bytes)
             seen.append(entry.path)
         end = self._block()
         if end.strip(b"\0"):
@@ -273,11 +273,16 @@ class _ArchiveReader:
         if header != ustar.header(name, size):
             self._refuse(f"the header of {name} is not the one that edgekit writes")
         data = self._read(size)
-        self._read(len(ustar.padding(size)))
+        self._skip_padding(size)
         return data
 
     def _block(self) -> bytes:
         return self._read(ustar.BLOCK_BYTES)
+
+    def _skip_padding(self, size_bytes: int) -> None:
+        padding = ustar.padding(size_bytes)
+        if self._read(len(padding)) != padding:
+            self._refuse("there is something between two of its members")
 
     def _read(self, size_bytes: int) -> bytes:
         data = self._stream.read(size_bytes)
@@ -313,7 +318,7 @@ class _ArchiveReader:
 
 def _open_archive(path: Path) -> BinaryIO:
     try:
-        return path.open("rb")
+        return manifest_module.open_regular(path)
     except OSError as error:
         raise BadInput(
             f"the bundle {path} cannot be read",

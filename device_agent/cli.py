@@ -220,3 +220,7 @@ def _model_lines(model: Mapping[str, Any]) -> List[str]:
         )
         lines.append(f"  last: {last['operation']} {last['digest'][:12]}: {outcome}")
     return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ import re
 import stat
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, Type, TypeVar
+from typing import Any, BinaryIO, Dict, List, Mapping, Optional, Set, Tuple, Type, TypeVar
 
 from device_agent.errors import ManifestError
 
@@ -247,16 +247,27 @@ def read_bytes(bundle: Path) -> bytes:
 
 
 def read_regular(path: Path, limit_bytes: int) -> bytes:
-    """Read a regular file up to one byte past ``limit_bytes``; links, pipes and devices are errors.
+    """Read a regular file, that is no link, up to one byte past ``limit_bytes``.
 
     Raises:
         OSError: it is missing, unreadable or not a regular file.
     """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with os.fdopen(os.open(str(path), flags), "rb") as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with open_regular(path, follow_links=False) as stream:
         return stream.read(limit_bytes + 1)
+
+
+def open_regular(path: Path, follow_links: bool = True) -> BinaryIO:
+    """Open a regular file; a pipe or a device is an error instead of a wait.
+
+    Raises:
+        OSError: it is missing, unreadable or not a regular file.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+    descriptor = os.open(str(path), flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def safe_path(path: str) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from edgekit.bundle import open_bundle
 from edgekit.errors import BadInput, DeviceRefused, Missing
 
 DEFAULT_SOCKET = Path("/run/edgekit-agent/control.sock")
@@ -52,16 +53,14 @@ def deploy(bundle: Path, address: str, progress: Callable[[str], None]) -> Deplo
         progress: called with each state that the device reports.
 
     Raises:
-        BadInput: an address of another kind, a bundle that is not there, or one that the device calls
-            malformed or untrusted.
-        Missing: no agent answers, or a runtime is missing on the device.
-        DeviceRefused: the device refused it and serves on what it served before.
+        BadInput: an address of another kind, or a bundle that is missing, malformed or damaged.
+        Missing: no agent answers.
+        DeviceRefused: the device refused it, for lack of trust, space, a runtime or the right outputs, and
+            serves on what it served before.
     """
     path = socket_path(address)
-    if not bundle.exists():
-        raise BadInput(
-            f"there is no bundle {bundle}", "nothing is at that path", "give what `edgekit compress` wrote"
-        )
+    with open_bundle(bundle):
+        pass  # a bundle that is damaged here need not travel
     message = {"op": "install", "bundle": str(bundle.absolute()), "activate": True}
     result = _request(path, message, progress)
     return Deployment(address, **result)
@@ -123,6 +122,4 @@ def _connect(path: Path) -> socket.socket:
 def _result(answer: dict[str, Any]) -> dict[str, Any]:
     if answer["ok"]:
         return dict(answer["result"])
-    kinds = {kind.exit_code: kind for kind in (BadInput, Missing)}
-    kind = kinds.get(int(answer.get("exit_code", 0)), DeviceRefused)
-    raise kind(str(answer["what"]), str(answer["why"]), str(answer["fix"]))
+    raise DeviceRefused(str(answer["what"]), str(answer["why"]), str(answer["fix"]))
