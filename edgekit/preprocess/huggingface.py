@@ -72,6 +72,8 @@ def _image(path: Path) -> ImagePreprocess:
         )
     except ValidationError as error:
         raise _unsupported(path, error.errors(include_url=False)[0]["msg"]) from error
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise _unsupported(path, f"a setting has a value that makes no sense: {error}") from error
 
 
 def _geometry(path: Path, config: dict[str, Any]) -> dict[str, Any]:
