@@ -122,9 +122,10 @@ def _difference(
     if dtype in ("BYTES", "BOOL"):
         return same, np.where(same, 0.0, np.inf)
     got_64, golden_64 = _as_float64(dtype, got), _as_float64(dtype, golden)
-    with np.errstate(invalid="ignore"):  # infinity minus infinity; `same` covers it
+    with np.errstate(invalid="ignore"):  # infinity minus infinity, or times zero
         error = np.where(same, 0.0, np.abs(got_64 - golden_64))
-        passed = same | (error <= tolerance.absolute + tolerance.relative * np.abs(golden_64))
+        within = error <= tolerance.absolute + tolerance.relative * np.abs(golden_64)
+        passed = same | (np.isfinite(error) & within)
     return passed, error
 
 

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from contextlib import suppress
 from typing import Any, List
 
@@ -38,7 +37,6 @@ def run(config: Config) -> int:
     Raises:
         AgentError: the store cannot be opened or an address cannot be bound.
     """
-    _start_logging()
     with Store(config.state_dir) as store:
         loop = _new_event_loop()
         asyncio.set_event_loop(loop)
@@ -110,12 +108,6 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
         return asyncio.new_event_loop()
     loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
     return loop
-
-
-def _start_logging() -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
 
 
 def _notify_service_manager(state: str) -> None:

@@ -111,6 +111,8 @@ class Batcher:
         Raises:
             QueueFull: the queue is at its limit.
         """
+        if len(self._queue) >= self._settings.max_queue_size and not self._busy:
+            self._pump()  # a burst filled the queue before the engine could take from it
         if len(self._queue) >= self._settings.max_queue_size:
             self._metrics.refused += 1
             raise QueueFull

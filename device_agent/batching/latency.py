@@ -1,8 +1,9 @@
 """What a batch of n rows costs, learned while serving.
 
 The cost is taken as affine, ``fixed + per_row * n``, and fitted by least squares with exponentially fading
-weights. Fading lets it follow a device that throttles or changes its power mode; a fit over all sizes, in
-place of an average for each, lets every observation correct the estimate of sizes that were not seen lately.
+weights. A fit over all sizes, in place of an average for each, lets every observation correct the estimate
+of sizes that were not seen lately. A device that throttles or changes its power mode becomes slower at every
+size alike, so an observation also moves what is remembered of the others towards its own level.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Optional
 
 _KEEP = 0.98  # weight of history at each observation: half is forgotten after 34
+_FOLLOW = 0.3  # how far, as an exponent, history moves to the level of an observation
 _MIN_VARIANCE = 0.1  # of the row counts; below it the slope would be fitted to noise
 _MAX_OUTLIER = 4.0  # a sample counts at most as this multiple of what was expected
 
@@ -32,14 +34,20 @@ class LatencyModel:
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from one run."""
         expected_s = self.predict(rows)
-        if expected_s is not None and self._weight > 5.0:
+        if expected_s:
             seconds = min(seconds, _MAX_OUTLIER * expected_s)
+            self._follow(seconds, expected_s)
         self._weight = _KEEP * self._weight + 1.0
         self._n = _KEEP * self._n + rows
         self._t = _KEEP * self._t + seconds
         self._nn = _KEEP * self._nn + rows * rows
         self._nt = _KEEP * self._nt + rows * seconds
         self._fit()
+
+    def _follow(self, seconds: float, expected_s: float) -> None:
+        level = (seconds / expected_s) ** _FOLLOW
+        self._t *= level
+        self._nt *= level
 
     def _fit(self) -> None:
         mean_n, mean_t = self._n / self._weight, self._t / self._weight

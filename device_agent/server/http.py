@@ -146,6 +146,7 @@ class Connection(asyncio.BufferedProtocol):
         self._parser = httptools.HttpRequestParser(self)
         self._receive = memoryview(bytearray(_RECEIVE_BYTES))
         self._incoming: Optional[Request] = None  # being received
+        self._in_head = True
         self._head_bytes = 0
         self._chunks: List[bytes] = []
         self._body: Optional[memoryview] = None  # a long body's own memory
@@ -207,8 +208,11 @@ class Connection(asyncio.BufferedProtocol):
     # From the parser
 
     def _feed(self, data: memoryview) -> None:
-        if self._incoming is None or self._announced_bytes is None:
+        if self._in_head:
             self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES:
+                self._fail(431, f"the request's head is longer than {_MAX_HEAD_BYTES} bytes")
+                return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -220,17 +224,8 @@ class Connection(asyncio.BufferedProtocol):
         except httptools.HttpParserError as error:
             self._fail(400, f"the request is not HTTP/1.1: {error}")
         else:
-            self._after_feed()
-
-    def _after_feed(self) -> None:
-        if self._announced_bytes is None and self._head_bytes > _MAX_HEAD_BYTES:
-            self._fail(431, f"the request's head is longer than {_MAX_HEAD_BYTES} bytes")
-        elif (
-            self._announced_bytes is not None
-            and self._body is None
-            and self._body_bytes < self._announced_bytes
-        ):
-            self._receive_directly(self._announced_bytes)
+            if self._announced_bytes is not None and self._body_bytes < self._announced_bytes:
+                self._receive_directly(self._announced_bytes)
 
     def _receive_directly(self, size: int) -> None:
         """Give the rest of the body its own memory, with the tensors behind the JSON aligned."""
@@ -269,7 +264,7 @@ class Connection(asyncio.BufferedProtocol):
         incoming = self._incoming
         if incoming is None or self._closing:
             return
-        self._head_bytes = 0
+        self._in_head, self._head_bytes = False, 0
         incoming.method = self._parser.get_method().decode("ascii")
         incoming.keep_alive = self._parser.should_keep_alive()
         incoming.is_http_1_0 = self._parser.get_http_version() == "1.0"
@@ -297,6 +292,7 @@ class Connection(asyncio.BufferedProtocol):
     def on_message_complete(self) -> None:
         """The request is whole."""
         request, self._incoming = self._incoming, None
+        self._in_head = True
         if request is None or self._closing:
             return
         if self._body is not None:
@@ -368,12 +364,14 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.write(b"".join([head, *parts]))
 
     def _fail(self, status: int, message: str) -> None:
-        """Answer a request that cannot be received, and close."""
+        """Answer a request that cannot be received, and close when all before it are answered."""
         if self._closing:
             return
         self._server.count_error(status)
-        if self._active is None and not self._pending:
-            self._write(status, [error_body(message)], JSON, b"Connection: close\r\n")
+        if self._active is not None or self._pending:
+            self._stop_reading()  # those before it still get their answers
+            return
+        self._write(status, [error_body(message)], JSON, b"Connection: close\r\n")
         self._close()
 
     # Ending
@@ -407,10 +405,12 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.close()
 
     def _stop_reading(self) -> None:
+        """Close after the last request that was received."""
         self._pause_reading()
-        for request in [self._active, *self._pending]:
-            if request is not None:
-                request.keep_alive = False
+        self._incoming = None
+        last = self._pending[-1] if self._pending else self._active
+        if last is not None:
+            last.keep_alive = False
 
     def _pause_reading(self) -> None:
         if self._transport is not None and not self._closing and self._transport.is_reading():
