@@ -74,7 +74,7 @@ class Prune(_Frozen):
 class Recover(_Frozen):
     """Knowledge distillation from the original (Hinton et al., 2015); labels are not needed."""
 
-    epochs: int = Field(12, ge=0)
+    epochs: int = Field(8, ge=0)
     batch_size: int = Field(64, ge=2)
     learning_rate: float = Field(2e-3, gt=0)
     temperature: float = Field(2.0, gt=0)

@@ -7,12 +7,14 @@ and the same inputs pick the same candidate.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from edgekit.artifact import Artifact
 from edgekit.plan import Plan
+from edgekit.profile import Profile
 from edgekit.recipe import Contract
 from edgekit.run import Ran
 
@@ -29,7 +31,7 @@ class Candidate:
         engine: its artifact.
         measurement: its artifact.
         facts: the keys of CLI.md's ``chosen``: parameters, sizes, metric, latency, ratios.
-        unmet: the parts of the contract that it misses: ``size``, ``max_drop``, ``latency``.
+        unmet: the parts of the contract that it misses (``size``, ``max_drop``, ``latency``) -> why.
         slower: whether it is slower than the original on the same runtime.
         reason: why it lost, or None for the chosen one.
     """
@@ -38,35 +40,48 @@ class Candidate:
     engine: Artifact
     measurement: Artifact
     facts: Mapping[str, Any]
-    unmet: tuple[str, ...]
+    unmet: Mapping[str, str]
     slower: bool
     reason: str | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The original's facts, all candidates, and the chosen one among them."""
+    """What was found.
+
+    Attributes:
+        baseline: the original's facts.
+        candidates: all of them, in the order of preference.
+        chosen: one of them.
+        unmet: what the chosen one misses -> why; empty: the contract is met.
+    """
 
     baseline: Mapping[str, Any]
     candidates: tuple[Candidate, ...]
     chosen: Candidate
-    unmet: tuple[str, ...]
+    unmet: Mapping[str, str]
 
 
-def pick(plan: Plan, ran: Ran, contract: Contract) -> Outcome:
+def pick(plan: Plan, ran: Ran, contract: Contract, profile: Profile) -> Outcome:
     """Choose among the candidates that miss least of the contract.
 
     A candidate slower than the original is taken only if all are; ``unmet`` says what the chosen one misses.
     """
     baseline = _baseline(plan, ran)
     candidates = [
-        _candidate(precision, ran.artifacts[engine], ran.artifacts[measured], baseline, ran, plan, contract)
+        _candidate(
+            precision, ran.artifacts[engine], ran.artifacts[measured], baseline, ran, plan, contract, profile
+        )
         for precision, (engine, measured) in plan.candidates.items()
     ]
     chosen = _best(candidates)
-    unmet = chosen.unmet + (("faster_than_original",) if chosen.slower else ())
     judged = tuple(_with_reason(candidate, chosen) for candidate in candidates)
-    return Outcome(baseline, judged, judged[candidates.index(chosen)], unmet)
+    return Outcome(baseline, judged, chosen, {**chosen.unmet, **_slower(chosen)})
+
+
+def measured_on_target(profile: Profile) -> bool:
+    """Whether a latency measured here is one of the device: the same runtime and kind of processor."""
+    return profile.runtime.name == "onnxruntime" and profile.architecture == platform.machine()
 
 
 def _best(candidates: list[Candidate]) -> Candidate:
@@ -104,6 +119,7 @@ def _candidate(
     ran: Ran,
     plan: Plan,
     contract: Contract,
+    profile: Profile,
 ) -> Candidate:
     graph = ran.artifacts["export.pruned" if plan.size < 1 else "export.original"].metadata
     quantized = ran.artifacts.get(f"quantize.{precision}")
@@ -126,20 +142,37 @@ def _candidate(
         "calibrator": quantized.metadata["calibrator"] if quantized else None,
         "layers_kept_high_precision": _kept(quantized),
     }
-    return Candidate(
-        precision, engine, measurement, facts, unmet(facts, contract), slower=facts["speedup"] < 1
-    )
+    missed = unmet(facts, contract, profile)
+    return Candidate(precision, engine, measurement, facts, missed, slower=facts["speedup"] < 1)
 
 
-def unmet(facts: Mapping[str, Any], contract: Contract) -> tuple[str, ...]:
-    """The parts of the contract that a candidate misses."""
+def unmet(facts: Mapping[str, Any], contract: Contract, profile: Profile) -> dict[str, str]:
+    """The parts of the contract that a candidate misses, with the reason.
+
+    A latency that was not measured on the device's kind of machine counts as missed: a promise that nobody
+    checked is not kept.
+    """
+    missed = {}
+    if contract.size is not None and facts["params_ratio"] > contract.size:
+        missed["size"] = f"{facts['params_ratio']:.3f} of the parameters remain; {contract.size:g} was asked"
+    if contract.max_drop is not None and facts["metric_drop"] > contract.max_drop:
+        name = facts["metric"]["name"]
+        missed["max_drop"] = (
+            f"{name} drops by {facts['metric_drop']:.4f}; at most {contract.max_drop:g} was asked"
+        )
     bound = contract.latency
-    misses = {
-        "size": contract.size is not None and facts["params_ratio"] > contract.size,
-        "max_drop": contract.max_drop is not None and facts["metric_drop"] > contract.max_drop,
-        "latency": bound is not None and facts["latency_ms"][bound.quantile] > bound.ms,
-    }
-    return tuple(name for name, missed in misses.items() if missed)
+    if bound is not None and not measured_on_target(profile):
+        missed["latency"] = f"not measured: this machine is no {profile.name}"
+    elif bound is not None and facts["latency_ms"][bound.quantile] > bound.ms:
+        measured_ms = facts["latency_ms"][bound.quantile]
+        missed["latency"] = f"{bound.quantile} is {measured_ms:.2f} ms; at most {bound.ms:g} ms was asked"
+    return missed
+
+
+def _slower(candidate: Candidate) -> dict[str, str]:
+    if not candidate.slower:
+        return {}
+    return {"faster_than_original": f"it runs at {candidate.facts['speedup']:.2f} times the original's speed"}
 
 
 def _pruning(plan: Plan, ran: Ran) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -50,10 +49,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile, zlib and NumPy's header parser raise a dozen types
         raise BadInput(
             f"the data {path} cannot be read",
-            str(error),
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
             "save plain arrays with numpy.savez(path, input=..., labels=...)",
         ) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -53,21 +54,25 @@ def image_preprocess(what: str, preprocess: Preprocess | None) -> ImagePreproces
 
 
 def open_image(file: Path | IO[bytes], where: str) -> Image:
-    """Decode an image wholly.
+    """Decode an image wholly, and turn it upright as its camera noted.
 
     Raises:
         BadInput: it is damaged, or no image.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
-        image = Image.open(file)
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings(), Image.open(file) as image:
+            # Metadata that cannot be read, such as a date, changes no pixel.
+            warnings.simplefilter("ignore", UserWarning)
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them trip over
         raise BadInput(
-            f"the image {where} cannot be read", str(error), "remove the file, or save it again"
+            f"the image {where} cannot be read",
+            f"{type(error).__name__}: {error}",
+            "remove the file, or save it again",
         ) from error
-    return image
 
 
 def image_inputs(preprocess: ImagePreprocess, image: Image, names: Sequence[str] | None) -> Arrays:
@@ -98,5 +103,4 @@ def _read(
 ) -> Iterator[tuple[str, Arrays, Label | None]]:
     for index in indices:
         path, label = entries[index]
-        with open_image(path, str(path)) as image:
-            yield str(path), image_inputs(preprocess, image, names), label
+        yield str(path), image_inputs(preprocess, open_image(path, str(path)), names), label

@@ -43,7 +43,7 @@ class _Strict(BaseModel):
 
 
 class ImagePreprocess(_Strict):
-    """An image becomes float32 [channels, height, width]: ``(pixel * rescale - mean) / std``.
+    """An upright image becomes float32 [channels, height, width]: ``(pixel * rescale - mean) / std``.
 
     Attributes:
         size: height and width that the model takes.
@@ -186,9 +186,7 @@ def apply(description: Preprocess, raw: Image | str, names: Sequence[str]) -> Ar
 
 def image_array(description: ImagePreprocess, image: Image) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Convert, scale, crop and normalize an image to float32 [channels, height, width]."""
-    from PIL import ImageOps
-
-    image = _resized(description, ImageOps.exif_transpose(image).convert(description.channels))
+    image = _resized(description, image.convert(description.channels))
     pixels = np.asarray(image, np.float32).reshape(*description.size, len(description.channels))
     mean = np.asarray(description.mean, np.float32)
     std = np.asarray(description.std, np.float32)

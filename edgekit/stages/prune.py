@@ -76,7 +76,7 @@ class _Pruner:
         self._kept = _layers_that_make_outputs(original, self._example)
 
     def to_size(self, size: float, tick: Any) -> tuple[nn.Module, float]:
-        """The least pruned model with at most ``size`` of the parameters, and its share of pruned channels."""
+        """The least pruned model with at most ``size`` of the parameters, and its share of cut channels."""
         low, high = 0.0, self._config.prune.max_layer_ratio
         best = self._prune(high)
         if parameter_count(best) > size * self._params:
@@ -147,8 +147,8 @@ class _Pruner:
         smallest = parameter_count(best) / self._params
         return BadInput(
             f"the model cannot be pruned to {size:g} of its parameters",
-            f"with at most {self._config.prune.max_layer_ratio:g} of a layer's channels removed, in multiples "
-            f"of {self._alignment}, {smallest:.2f} remain",
+            f"{smallest:.2f} remain with at most {self._config.prune.max_layer_ratio:g} of a layer's channels "
+            f"removed, in multiples of {self._alignment}",
             "ask for a larger --size, or raise prune.max_layer_ratio in the recipe",
         )
 

@@ -1,0 +1,228 @@
+"""``edgekit compress``: from a model, a profile and a recipe to a bundle and a report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekit import preprocess, profile, release, search
+from edgekit.artifact import disk_full_is_an_error, open_store
+from edgekit.bundle import Bundle
+from edgekit.data import Dataset, load_data
+from edgekit.errors import BadInput
+from edgekit.measure import accuracy
+from edgekit.models import Model, load_model
+from edgekit.plan import Plan, make_plan
+from edgekit.preprocess import Preprocess
+from edgekit.profile import Profile
+from edgekit.recipe import Contract, Recipe, load_recipe
+from edgekit.report.document import Report
+from edgekit.report.page import render
+from edgekit.run import Progress, Ran, run_plan
+from edgekit.stages.registry import Sources
+
+#: Without ``--eval``, every so-manieth calibration sample is held out of everything but the measurement.
+HOLD_OUT_EVERY = 5
+_TOOLS = ("torch", "torch-pruning", "onnx", "onnxruntime", "numpy", "transformers")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; the fields are the options of the command."""
+
+    model: str
+    profile: str
+    calib: str
+    weights: Path | None = None
+    eval: str | None = None
+    train: str | None = None
+    recipe: Path | None = None
+    overrides: Mapping[str, Any] | None = None
+    out: Path | None = None
+    workdir: Path = Path(".edgekit")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose inputs were read and checked, and the plan for it."""
+
+    sources: Sources
+    profile: Profile
+    recipe: Recipe
+    preprocess: Preprocess | None
+    evaluated_on: str
+    plan: Plan
+    out: Path
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step as ``--dry-run`` shows it."""
+
+    name: str
+    key: str
+    cached: bool
+
+
+def prepare(request: Request) -> Prepared:
+    """Read the inputs and lay out the plan; nothing is written.
+
+    Raises:
+        BadInput: anything about the request is wrong.
+    """
+    recipe = load_recipe(request.recipe, dict(request.overrides or {}))
+    device = profile.load(request.profile)
+    model, description = _load_model(request, recipe)
+    calib = load_data(request.calib, description, model.inputs, recipe.seed)
+    held_out, evaluated_on = None, f"held-out data {request.eval}"
+    if request.eval is None:
+        calib, held_out = calib.split(HOLD_OUT_EVERY)
+        evaluated_on = f"held out of the calibration data, one sample in {HOLD_OUT_EVERY}"
+    else:
+        held_out = load_data(request.eval, description, model.inputs, recipe.seed)
+    train = calib
+    if request.train is not None:
+        train = load_data(request.train, description, model.inputs, recipe.seed)
+    _not_empty(calib, request.calib)
+    _not_empty(held_out, request.eval or request.calib)
+    sources = Sources(model, calib, train, held_out)
+    metric = accuracy.choose(recipe.metric, held_out.has_labels)
+    plan = make_plan(sources, device, recipe, metric)
+    out = request.out or Path(f"{recipe.release.name or model.name}-{device.name}")
+    return Prepared(sources, device, recipe, description, evaluated_on, plan, out)
+
+
+def dry_run(prepared: Prepared, workdir: Path) -> list[Planned]:
+    """Say which steps would run; touches nothing where there is no working directory yet."""
+    if not workdir.exists():
+        return [Planned(step.name, step.key, cached=False) for step in prepared.plan.steps]
+    with open_store(workdir) as store:
+        return [Planned(step.name, step.key, store.get(step.key) is not None) for step in prepared.plan.steps]
+
+
+def compress(prepared: Prepared, workdir: Path, progress: Progress) -> Report:
+    """Run the plan, pick, and write the bundle, ``report.json`` and ``report.html`` into ``prepared.out``.
+
+    The report says whether the contract is met; a missed contract is no error here.
+
+    Raises:
+        EdgekitError: a stage failed, or the results cannot be written.
+    """
+    _check_writable(prepared.out)
+    with open_store(workdir) as store:
+        ran = run_plan(prepared.plan, prepared.sources, prepared.profile, store, progress)
+        contract = _effective_contract(prepared)
+        outcome = search.pick(prepared.plan, ran, contract, prepared.profile)
+        made = release.make_bundle(
+            outcome,
+            prepared.sources.model,
+            prepared.profile,
+            prepared.recipe,
+            contract,
+            prepared.preprocess,
+            prepared.out,
+        )
+    report = _report(prepared, ran, outcome, contract, made)
+    with disk_full_is_an_error(prepared.out):
+        _write(prepared.out / "report.json", report.model_dump_json(indent=2) + "\n")
+        _write(prepared.out / "report.html", render(report))
+    return report
+
+
+def _load_model(request: Request, recipe: Recipe) -> tuple[Model, Preprocess | None]:
+    """The model, and how raw data becomes its inputs: as the recipe says, else as its own files say."""
+    base = request.recipe.parent if request.recipe else Path()
+    description = preprocess.from_mapping(recipe.preprocessing, base)
+    sample = None
+    if ":" in request.model:  # a factory may need to be told the shape of its input
+        sample = next(load_data(request.calib, description, None, recipe.seed).samples()).inputs
+    model = load_model(request.model, request.weights, sample=sample)
+    return model, description or model.preprocess
+
+
+def _not_empty(data: Dataset, spec: str) -> None:
+    if next(data.samples(), None) is None:
+        raise BadInput(
+            f"the data {spec} has too few samples",
+            f"one in {HOLD_OUT_EVERY} is held out for the measurement, and none is left",
+            "give more samples, or held-out data with --eval",
+        )
+
+
+def _effective_contract(prepared: Prepared) -> Contract:
+    """The contract with the default size filled in where the model is pruned to it."""
+    contract = prepared.recipe.contract
+    size = contract.size if contract.size is not None or prepared.plan.size == 1 else prepared.plan.size
+    return contract.model_copy(update={"size": size})
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise BadInput(
+            f"the output directory {out} cannot be used",
+            f"{error.strerror}",
+            "give another one with --out",
+        ) from error
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _report(
+    prepared: Prepared, ran: Ran, outcome: search.Outcome, contract: Contract, made: Bundle
+) -> Report:
+    candidates = [{**candidate.facts, "reason": candidate.reason} for candidate in outcome.candidates]
+    document = {
+        "model": prepared.recipe.release.name or prepared.sources.model.name,
+        "profile": prepared.profile.name,
+        "profile_digest": profile.digest(prepared.profile),
+        "seed": prepared.recipe.seed,
+        "tool_versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _TOOLS},
+        },
+        "evaluated_on": prepared.evaluated_on,
+        "baseline": outcome.baseline,
+        "chosen": {**outcome.chosen.facts, "reason": None},
+        "candidates": candidates,
+        "contract": {
+            "size": contract.size,
+            "max_drop": contract.max_drop,
+            "latency": str(contract.latency) if contract.latency else None,
+            "met": not outcome.unmet,
+            "unmet": list(outcome.unmet),
+            "why": dict(outcome.unmet),
+        },
+        "engines": [_engine(entry) for entry in outcome.chosen.engine.metadata["engines"]],
+        "bundle": {"path": str(made.directory), "file": str(made.archive), "digest": made.digest},
+        "stages": [asdict(record) for record in ran.records],
+        "why": _not_measured(prepared, ran),
+    }
+    return Report.model_validate(document)
+
+
+def _not_measured(prepared: Prepared, ran: Ran) -> dict[str, str]:
+    """What the document cannot say, and why."""
+    why = {}
+    if not search.measured_on_target(prepared.profile):
+        why["latency_ms"] = f"measured on this host with ONNX Runtime, not on a {prepared.profile.name}"
+    if any(record.peak_rss_bytes is None for record in ran.records):
+        why["stages.peak_rss_bytes"] = "the kernel does not let a process reset its memory high-water mark"
+    return why
+
+
+def _engine(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: entry[key] for key in ("builder", "version", "target", "built", "executed", "why")}

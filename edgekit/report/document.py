@@ -1,0 +1,116 @@
+"""The report document: what ``compress --json`` prints and ``report.json`` holds.
+
+Every number was measured on a file that is in the bundle, or on the original; what was not measured is
+null, and ``why`` says so. Keys are a promise (docs/report.md); more may be added.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Metric(_Frozen):
+    """A metric on held-out data."""
+
+    name: str
+    value: float
+    samples: int
+
+
+class LatencyFigures(_Frozen):
+    """Quantiles in milliseconds, over ``runs`` runs that took turns with the original's."""
+
+    p50: float
+    p95: float
+    p99: float
+    runs: int
+    batch: int
+    where: str
+
+
+class Figures(_Frozen):
+    """The original's figures."""
+
+    params: int
+    macs: int
+    size_bytes: int
+    metric: Metric
+    latency_ms: LatencyFigures
+
+
+class CandidateFigures(Figures):
+    """A candidate's figures, and its ratios to the original; ``reason`` says why it lost (null: chosen)."""
+
+    params_ratio: float
+    size_ratio: float
+    metric_drop: float
+    speedup: float
+    precision: Literal["fp32", "fp16", "int8"]
+    pruning: dict[str, Any] | None
+    calibrator: str | None
+    layers_kept_high_precision: dict[str, str]
+    reason: str | None
+
+
+class ContractResult(_Frozen):
+    """What was asked, whether it is met, and which parts are not; ``why`` explains each of these."""
+
+    size: float | None
+    max_drop: float | None
+    latency: str | None
+    met: bool
+    unmet: list[str]
+    why: dict[str, str]
+
+
+class EngineResult(_Frozen):
+    """An engine, or the reason that there is none."""
+
+    builder: str
+    version: str | None
+    target: str
+    built: bool
+    executed: bool
+    why: str | None
+
+
+class BundleResult(_Frozen):
+    """Where the bundle is: its directory, its single file, its identity."""
+
+    path: str
+    file: str
+    digest: str
+
+
+class StageResult(_Frozen):
+    """What a stage cost."""
+
+    name: str
+    seconds: float
+    cached: bool
+    peak_rss_bytes: int | None
+
+
+class Report(_Frozen):
+    """The whole document."""
+
+    model: str
+    profile: str
+    profile_digest: str
+    seed: int
+    tool_versions: dict[str, str]
+    evaluated_on: str
+    baseline: Figures
+    chosen: CandidateFigures
+    candidates: list[CandidateFigures]
+    contract: ContractResult
+    engines: list[EngineResult]
+    bundle: BundleResult
+    stages: list[StageResult]
+    why: dict[str, str]
