@@ -1,7 +1,7 @@
 """A histogram that grows with its data and does not depend on the order in which the data came.
 
 Bin edges are whole multiples of a power of two. When a value falls outside, the width doubles and
-neighbouring bins merge; since floor(x / 2w) = floor(floor(x / w) / 2), the counts are those that the
+neighbouring bins merge; since trunc(x / 2w) = trunc(trunc(x / w) / 2), the counts are those that the
 final width would have given from the start. So the result depends only on the values, never on how
 they were cut into batches or in which order these came.
 """
@@ -15,14 +15,18 @@ import numpy.typing as npt
 
 #: Bins on each side of zero: 64 KiB a tensor, and at least 2,048 of them cover the wider side.
 HALF = 4096
-_MIN_EXPONENT = -140
+#: Below this, 1 / width would leave float32.
+_MIN_EXPONENT = -126
+#: Values are binned in pieces that stay in the processor's cache.
+_CHUNK = 1 << 16
 
 
 class Histogram:
     """Counts of float32 values on a grid of width ``2**exponent``, zero on an edge.
 
     Attributes:
-        counts: int64, ``2 * HALF`` bins; bin i covers [i - HALF, i - HALF + 1) times the width.
+        counts: int64, ``2 * HALF`` bins; bin i lies between i - HALF and i - HALF + 1 times the width,
+            and holds the edge that is nearer to zero.
         exponent: the width's power of two; None before the first non-zero value.
         lo, hi: smallest and largest value seen.
         elements: how many values were seen.
@@ -52,9 +56,14 @@ class Histogram:
         if self.exponent is None:
             self.counts[HALF] += flat.size
             return
-        # Scaling by a power of two is exact in float32, and so is floor.
-        bins = np.floor(np.ldexp(flat, -self.exponent)).astype(np.int64)
-        self.counts += np.bincount(bins + HALF, minlength=2 * HALF)
+        for start in range(0, flat.size, _CHUNK):
+            self._count(flat[start : start + _CHUNK], self.exponent)
+
+    def _count(self, values: npt.NDArray[np.float32], exponent: int) -> None:
+        # Scaling by a power of two is exact, or underflows to zero, which truncation gives as well.
+        steps = (values * np.float32(math.ldexp(1.0, -exponent))).astype(np.int32)
+        steps -= values < 0
+        self.counts += np.bincount(steps + HALF, minlength=2 * HALF)
 
     def _grow_to(self, magnitude: float) -> None:
         needed = _exponent_for(magnitude)

@@ -18,6 +18,7 @@ from calibration.errors import CalibrationError
 from calibration.histogram import HALF, Histogram
 
 DEFAULT_PERCENTILE = 99.99
+OBSERVERS = ("minmax", "percentile")
 
 
 class Observer(Protocol):
@@ -162,5 +163,5 @@ def observer_kind(name: str, *, percentile: float = DEFAULT_PERCENTILE) -> Obser
     raise CalibrationError(
         f"there is no observer {name!r}",
         "observers choose the range of each tensor from its values",
-        "choose minmax or percentile",
+        "choose one of: " + ", ".join(OBSERVERS),
     )

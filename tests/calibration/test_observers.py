@@ -1,0 +1,109 @@
+"""What observers promise: a range that depends on the values alone, and fixed memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from calibration.errors import CalibrationError
+from calibration.histogram import HALF, Histogram
+from calibration.observers import OBSERVERS, observer_kind
+
+values = hnp.arrays(
+    np.float32,
+    st.integers(1, 200),
+    elements=st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-8, 8, width=32) | st.just(0.0),
+)
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+@given(data=st.data(), seen=values)
+def test_range_does_not_depend_on_batches_or_order(name: str, data: st.DataObject, seen: np.ndarray) -> None:
+    """Cut the same values into any batches in any order: the range is the same to the last bit."""
+    kind = observer_kind(name)
+    whole = kind.make()
+    whole.update(seen)
+    pieces = kind.make()
+    order = np.array(data.draw(st.permutations(range(len(seen)))), int)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(seen)), max_size=5)))
+    for piece in np.split(seen[order], cuts):
+        pieces.update(piece)
+    assert pieces.range() == whole.range()
+    assert (pieces.lo, pieces.hi, pieces.elements) == (whole.lo, whole.hi, whole.elements)
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+@given(seen=values)
+def test_range_stays_inside_what_was_seen(name: str, seen: np.ndarray) -> None:
+    """No observer invents values: its range lies within the smallest and the largest, or touches zero."""
+    observer = observer_kind(name).make()
+    observer.update(seen)
+    lo, hi = observer.range()
+    assert lo <= hi
+    assert min(float(seen.min()), 0.0) <= lo
+    assert hi <= max(float(seen.max()), 0.0)
+
+
+@given(seen=values)
+def test_histogram_counts_every_value_in_its_bin(seen: np.ndarray) -> None:
+    """After any growth each bin holds exactly the values that lie between its edges."""
+    histogram = Histogram()
+    for value in seen:
+        histogram.update(np.array([value], np.float32))
+    expected = np.zeros(2 * HALF, np.int64)
+    for value in seen.astype(np.float64):
+        expected[int(value / histogram.width) + HALF - (value < 0)] += 1
+    np.testing.assert_array_equal(histogram.counts, expected)
+
+
+@given(seen=hnp.arrays(np.float32, st.integers(50, 400), elements=st.floats(-8, 8, width=32)))
+def test_percentile_is_the_sorted_values_own(seen: np.ndarray) -> None:
+    """The percentile range is that of the sorted values, up to one bin."""
+    kind = observer_kind("percentile", percentile=90.0)
+    observer = kind.make()
+    observer.update(seen)
+    lo, hi = observer.range()
+    dropped = int(len(seen) * 10 / 100)
+    ordered = np.sort(seen)
+    width = 8.0 / (HALF / 2)
+    assert lo <= ordered[dropped] <= lo + width or lo == ordered[0]
+    assert hi - width <= ordered[-1 - dropped] <= hi or hi == ordered[-1]
+
+
+def test_memory_does_not_grow_with_the_samples() -> None:
+    """A histogram after a thousand batches is as large as after one."""
+    histogram = Histogram()
+    rng = np.random.default_rng(0)
+    for i in range(1000):
+        histogram.update(rng.normal(0, 1 + i, 50).astype(np.float32))
+    assert histogram.counts.nbytes == 2 * HALF * 8
+    assert histogram.elements == 50_000
+
+
+def test_outliers_do_not_move_a_percentile() -> None:
+    """One outlier in a hundred thousand values widens min-max a thousandfold, the percentile not."""
+    seen = np.random.default_rng(0).uniform(-1, 1, 100_000).astype(np.float32)
+    seen[7] = 1000.0
+    ranges = {}
+    for name in ("minmax", "percentile"):
+        observer = observer_kind(name).make()
+        observer.update(seen)
+        ranges[name] = observer.range()
+    assert ranges["minmax"][1] == 1000.0
+    assert ranges["percentile"][1] <= 1.5
+
+
+@pytest.mark.parametrize("percentile", [50.0, 100.1, -1.0])
+def test_impossible_percentile_is_refused(percentile: float) -> None:
+    """A percentile that leaves no range is an error that says so."""
+    with pytest.raises(CalibrationError, match="makes no range"):
+        observer_kind("percentile", percentile=percentile)
+
+
+def test_unknown_observer_is_refused() -> None:
+    """A misspelt observer is an error that lists the ones there are."""
+    with pytest.raises(CalibrationError, match="minmax"):
+        observer_kind("minimax")
