@@ -85,17 +85,6 @@ def test_grey_images_and_other_modes_are_converted() -> None:
         assert 0 <= pixels.min() <= pixels.max() <= 1
 
 
-def test_a_photograph_is_turned_as_its_camera_says() -> None:
-    """An EXIF orientation is applied, as every viewer does."""
-    image = photo(12, 8)
-    turned = image.transpose(Image.Transpose.ROTATE_90)
-    turned.getexif()[0x0112] = 6
-    description = ImagePreprocess(size=(8, 12), resample=None, mean=(0.0,) * 3, std=(1.0,) * 3)
-    np.testing.assert_array_equal(
-        preprocess.image_array(description, turned), preprocess.image_array(description, image)
-    )
-
-
 def test_without_resizing_the_size_has_to_match() -> None:
     """A model that does no resizing refuses other sizes rather than guess."""
     description = ImagePreprocess(size=(8, 8), resample=None, mean=(0.0,) * 3, std=(1.0,) * 3)
