@@ -30,8 +30,9 @@ from device_agent import manifest as manifest_module
 from device_agent.errors import AgentError, BadInput, Refused
 from device_agent.journal import Operation
 from device_agent.manifest import Manifest
+from device_agent.model_state import ModelState
 from device_agent.signature import Signer, Trust
-from device_agent.store import ModelState, Store, Version
+from device_agent.store import Store, Version
 from device_agent.swap import Swap
 
 if TYPE_CHECKING:

@@ -18,60 +18,19 @@ import logging
 import os
 import shutil
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Type
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Type
 
 from device_agent import archive, durable, manifest
 from device_agent.errors import AgentError, BadInput, Refused
+from device_agent.model_state import ModelState
 
 _log = logging.getLogger(__name__)
 _RESERVE_BYTES = 1024 * 1024
 _BLOCK_BYTES = 4096
 _MIN_PREFIX = 6
-
-
-@dataclass(frozen=True)
-class ModelState:
-    """Which versions of a model matter.
-
-    Attributes:
-        active: digest of the version that is served; None before the first activation.
-        fallback: digest of the version to return to; None if there is none.
-        committed: digests of the versions that have proven themselves on this device, oldest first.
-    """
-
-    active: Optional[str] = None
-    fallback: Optional[str] = None
-    committed: Tuple[str, ...] = ()
-
-    def activated(self, digest: str) -> ModelState:
-        """Make ``digest`` active; what was active and proven becomes the fallback."""
-        if digest == self.active:
-            return self
-        proven = self.active is not None and self.active in self.committed
-        fallback = self.active if proven else self.fallback
-        return replace(self, active=digest, fallback=None if fallback == digest else fallback)
-
-    def with_commit(self) -> ModelState:
-        """Record that the active version has proven itself."""
-        if self.active is None or self.active in self.committed:
-            return self
-        return replace(self, committed=(*self.committed, self.active))
-
-    def rolled_back(self) -> ModelState:
-        """Swap the active version and the fallback."""
-        return replace(self, active=self.fallback, fallback=self.active)
-
-    def given_up(self) -> ModelState:
-        """Return to the fallback for good."""
-        return replace(self, active=self.fallback, fallback=None)
-
-    def without(self, digest: str) -> ModelState:
-        """Forget a version that is not active."""
-        kept = tuple(item for item in self.committed if item != digest)
-        return replace(self, fallback=None if self.fallback == digest else self.fallback, committed=kept)
 
 
 @dataclass(frozen=True)
@@ -176,9 +135,10 @@ class Store:
     def state(self, name: str) -> ModelState:
         """Which versions matter; nothing is active if ``state.json`` is missing or damaged."""
         raw = self._read_json(name, "state.json")
-        if raw is None:
-            return ModelState()
-        return ModelState(raw.get("active"), raw.get("fallback"), tuple(raw.get("committed") or ()))
+        state = ModelState.parse({} if raw is None else raw)
+        if state is None:
+            _log.error("the state of %s is damaged and ignored", name)
+        return state or ModelState()
 
     def find(self, prefix: str) -> Version:
         """The one installed version whose digest begins with ``prefix``.
