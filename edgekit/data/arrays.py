@@ -47,7 +47,7 @@ def open_source(path: Path, signature: Sequence[TensorSpec] | None, seed: int) -
 def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """All arrays of an ``.npz`` file by name; Python objects are refused, never unpickled."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # zipfile, zlib and NumPy's header parser raise a dozen types
         raise BadInput(
