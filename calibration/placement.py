@@ -36,16 +36,20 @@ class Target:
         name: as the user gives it.
         linear: operator types with an integer kernel.
         integer_bias: whether biases are int32 (else they stay float).
+        shields_float_layers: whether float layers between int8 ones have to be hidden from the runtime.
     """
 
     name: str
     linear: frozenset[str]
     integer_bias: bool
+    shields_float_layers: bool
 
 
 TARGETS: Mapping[str, Target] = {
     # ONNX Runtime's CPU provider has no integer ConvTranspose.
-    "onnxruntime": Target("onnxruntime", frozenset({"Conv", "MatMul", "Gemm"}), integer_bias=True),
+    "onnxruntime": Target(
+        "onnxruntime", frozenset({"Conv", "MatMul", "Gemm"}), integer_bias=True, shields_float_layers=True
+    ),
 }
 
 

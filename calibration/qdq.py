@@ -8,7 +8,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from calibration.affine import Affine, asymmetric_u8, bias_s32, quantize, weight_s8
-from calibration.graph import Index, Names, array, drop_unused_constants, rename_reads, replace_nodes
+from calibration.graph import LINEAR, Index, Names, array, drop_unused_constants, rename_reads, replace_nodes
 from calibration.placement import Placement, Target, weight_axis
 from calibration.scales import Scales
 
@@ -54,6 +54,8 @@ class _Writer:
             if node.name in self._placement.quantized:
                 self._weights(node)
         after = {name: self._pair(name) for name in self._placement.tensors}
+        if self._target.shields_float_layers:
+            self._shield({nodes[-1].output[0] for nodes in after.values()})
         ordered: list[NodeProto] = []
         for name in (value.name for value in self._graph.input):
             ordered.extend(after.get(name, ()))
@@ -86,6 +88,20 @@ class _Writer:
         quantizer = self._node("QuantizeLinear", [source, scale, zero_point], integers)
         return [quantizer, self._node("DequantizeLinear", [integers, scale, zero_point], dequantized)]
 
+    def _shield(self, dequantized: set[str]) -> None:
+        """Keep the layers that stay in float out of the runtime's reach.
+
+        ONNX Runtime quantizes the float weight of a Conv, ConvTranspose or Gemm whose input comes straight
+        from a DequantizeLinear, with one scale for the whole weight (its WeightBiasQuantization pass). A
+        Sum of one term stands between them: it is a copy, and no pass removes it.
+        """
+        for node in self._graph.node:
+            float_layer = node.op_type in LINEAR and node.name not in self._placement.quantized
+            if float_layer and node.op_type != "MatMul" and node.input[0] in dequantized:
+                copy = self._names.fresh(f"{node.input[0]}_shielded")
+                self._before.setdefault(node.name, []).append(self._node("Sum", [node.input[0]], copy))
+                node.input[0] = copy
+
     def _is_int8(self, node: NodeProto) -> bool:
         return node.name in self._placement.quantized or node.name in self._placement.joined
 
@@ -93,7 +109,7 @@ class _Writer:
         """Give a graph output's producer another name for it, so that the DQ can bear the output's."""
         renamed = self._names.fresh(f"{tensor}_float")
         node = self._index.producer[tensor]
-        self._made[node.name] = list(node.output)
+        self._made.setdefault(node.name, list(node.output))
         for i, name in enumerate(node.output):
             if name == tensor:
                 node.output[i] = renamed
