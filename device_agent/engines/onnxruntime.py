@@ -2,7 +2,8 @@
 
 Two types need care (both seen in onnxruntime 1.19 and 1.32). String tensors: the Python binding writes
 ``b'a'`` as the five characters ``b'a'`` without an error, so they go in as ``str`` and must be UTF-8.
-BF16: numpy has no such type, so those tensors travel as ``OrtValue`` through I/O binding.
+BF16: numpy has no such type, so those tensors travel as ``OrtValue`` through I/O binding, which only newer
+releases let a caller fill (1.32 does, 1.19 does not); older ones refuse such a graph when it is loaded.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _DTYPES = {
     "tensor(string)": "BYTES",
 }
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
+CARRIES_BFLOAT16 = hasattr(onnxruntime.OrtValue, "ortvalue_from_numpy_with_onnx_type")
 
 # The binding's errors have no common base class of their own.
 _ERRORS: Tuple[Type[Exception], ...] = (
@@ -126,6 +128,8 @@ class OnnxRuntimeEngine:
 def _spec(node: Any) -> TensorSpec:
     if node.type not in _DTYPES:
         raise TypeError(f"{node.name} is a {node.type}, which the Open Inference Protocol cannot carry")
+    if _DTYPES[node.type] == "BF16" and not CARRIES_BFLOAT16:
+        raise TypeError(f"{node.name} is BF16, which this release cannot take from a caller")
     shape = tuple(size if isinstance(size, int) and size > 0 else -1 for size in node.shape)
     return TensorSpec(node.name, _DTYPES[node.type], shape)
 
