@@ -76,10 +76,16 @@ class Lifecycle:
         self._models = models
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self._busy = threading.Lock()
+        self._closed = False
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Make switches on the event loop that serves; before this, nothing serves yet."""
         self._loop = loop
+
+    def close(self) -> None:
+        """Wait for the operation that runs, and begin no other: the store is about to be closed."""
+        with self._busy:
+            self._closed = True
 
     # Operations
 
@@ -96,7 +102,7 @@ class Lifecycle:
             Missing: a runtime that it needs is not here.
             Refused: no space, or it failed its self-test. In every case the old version serves on.
         """
-        with self._busy:
+        with self._turn():
             head = archive.read_head(bundle)
             goal = "committed" if activate else "staged"
             operation = Operation(self._store, "install", head.manifest.name, head.digest, goal, on_state)
@@ -119,7 +125,7 @@ class Lifecycle:
             BadInput: no such version, or it is not trusted any more.
             Refused: it failed its self-test. The old version serves on.
         """
-        with self._busy:
+        with self._turn():
             version = self._store.find(digest)
             target = self._store.state(version.name).activated(version.digest)
             operation = Operation(self._store, "activate", version.name, version.digest, on_state=on_state)
@@ -132,7 +138,7 @@ class Lifecycle:
             BadInput: there is no fallback.
             Refused: the fallback failed its self-test. The active version serves on.
         """
-        with self._busy:
+        with self._turn():
             state = self._store.state(name)
             if state.fallback is None:
                 raise BadInput(
@@ -149,7 +155,7 @@ class Lifecycle:
         Raises:
             BadInput: no such version, or it is active.
         """
-        with self._busy:
+        with self._turn():
             version = self._store.find(digest)
             self._store.remove(version.name, version.digest)
             return version
@@ -159,7 +165,7 @@ class Lifecycle:
 
         A model that cannot be brought up at all is logged and left out: the others serve.
         """
-        with self._busy:
+        with self._turn():
             for name in self._store.names():
                 try:
                     self._restore(name)
@@ -175,6 +181,14 @@ class Lifecycle:
         return [version.describe() for version in self._store.list()]
 
     # The machine
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait until no other operation runs."""
+        with self._busy:
+            if self._closed:
+                raise Refused("nothing can be changed now", "the agent stops", "try again once it is up")
+            yield
 
     def _change(self, operation: Operation, target: ModelState) -> Installed:
         """Bring up an installed version; ``target`` is the state in which it is active."""

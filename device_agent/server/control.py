@@ -122,11 +122,11 @@ class _Arguments:
 
 
 def _install(lifecycle: Lifecycle, arguments: _Arguments, on_state: Callable[[str], None]) -> Any:
-    bundle, activate = Path(arguments.take("bundle", str)), arguments.take("activate", bool, True)
+    bundle, activate = arguments.take("bundle", str), arguments.take("activate", bool, True)
     arguments.end()
-    if not bundle.is_absolute():
+    if not bundle.startswith("/") or "\0" in bundle:
         raise _bad_request("'bundle' is not an absolute path")
-    return asdict(lifecycle.install(bundle, activate, on_state))
+    return asdict(lifecycle.install(Path(bundle), activate, on_state))
 
 
 def _activate(lifecycle: Lifecycle, arguments: _Arguments, on_state: Callable[[str], None]) -> Any:

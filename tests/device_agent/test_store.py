@@ -153,10 +153,8 @@ def test_a_disk_that_fills_while_copying_is_left_clean(tmp_path: Path, store: St
 
 def test_one_process_writes(tmp_path: Path) -> None:
     """A second process cannot open the store until the first has closed it."""
-    script = (
-        "import sys; from pathlib import Path; from device_agent.store import Store; Store(Path(sys.argv[1]))"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "state")]
+    script = f"from pathlib import Path; from device_agent.store import Store; Store(Path({str(tmp_path)!r}))"
+    command = [sys.executable, "-c", script]
     with Store(tmp_path):
         second = subprocess.run(command, stderr=subprocess.PIPE)
         assert b"is in use" in second.stderr
