@@ -147,7 +147,7 @@ class _Pruner:
         smallest = parameter_count(best) / self._params
         return BadInput(
             f"the model cannot be pruned to {size:g} of its parameters",
-            f"{smallest:.2f} remain with at most {self._config.prune.max_layer_ratio:g} of a layer's channels "
+            f"{smallest:.2f} remain with {self._config.prune.max_layer_ratio:g} of every layer's channels "
             f"removed, in multiples of {self._alignment}",
             "ask for a larger --size, or raise prune.max_layer_ratio in the recipe",
         )
