@@ -1,0 +1,178 @@
+"""``edgekit-agent`` as a person or a script uses it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+
+from agent_testing import AgentProcess, linear_bundle
+from device_agent import cli
+from storage_kit import make_bundle, make_key, sign_bundle, signed_bundle
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration of a device that serves nothing yet and trusts one key."""
+    path = tmp_path / "agent.toml"
+    path.write_text(
+        f'state_dir = "{tmp_path / "state"}"\nkeys_dir = "{tmp_path / "keys"}"\n'
+        f'control_socket = "{tmp_path / "control.sock"}"\nthreads = 1\n'
+    )
+    return path
+
+
+@pytest.fixture
+def run(config: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Run a command that must succeed, and return what ``--json`` printed."""
+
+    def run_command(*arguments: str) -> Any:
+        assert cli.main([*arguments, "--config", str(config), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run_command
+
+
+def _signed(directory: Path, key: Any, **changes: Any) -> str:
+    """A bundle of a real model, signed."""
+    linear_bundle(directory, **changes)
+    return sign_bundle(directory, key).digest
+
+
+def test_a_device_is_administered_without_a_running_agent(tmp_path: Path, run: Callable[..., Any]) -> None:
+    """Every command works on the store itself when no agent runs, with the self-test in its own process."""
+    key = make_key(tmp_path / "keys")
+    first = _signed(tmp_path / "1", key)
+    second = _signed(tmp_path / "2", key, seed=1, version=2)
+    assert run("install", str(tmp_path / "1"))["state"] == "committed"
+    assert run("install", str(tmp_path / "2"), "--no-activate")["state"] == "staged"
+    assert run("activate", second[:12])["previous"] == first
+    assert run("rollback")["digest"] == first
+    assert {v["digest"]: v["active"] for v in run("list")} == {first: True, second: False}
+    assert run("status")[0]["last_operation"]["state"] == "committed"
+    assert run("remove", second) == {"name": "model", "digest": second}
+    assert [v["digest"] for v in run("list")] == [first]
+
+
+def test_output_for_people(tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --json a command prints a line or two on standard output, progress on standard error."""
+    digest = _signed(tmp_path / "1", make_key(tmp_path / "keys"))
+    assert cli.main(["install", str(tmp_path / "1"), "--config", str(config)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"committed model 1 {digest[:12]} (signed by release)\n"
+    assert printed.err.split()[-1] == "committed"
+    assert cli.main(["list", "--config", str(config)]) == 0
+    assert capsys.readouterr().out == f"model 1 {digest[:12]} active committed\n"
+    assert cli.main(["status", "--config", str(config)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "model: not served"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "what"),
+    [
+        (["install", "/nowhere"], 2, "cannot be read"),
+        (["activate", "0123456789"], 2, "names no installed version"),
+        (["remove", "01"], 2, "too short"),
+        (["rollback"], 2, "which model"),
+        (["rollback", "absent"], 2, "no version to return to"),
+        (["list", "--config", "/nowhere.toml"], 2, "/nowhere.toml"),
+    ],
+)
+def test_an_error_is_three_lines(
+    config: Path, capsys: pytest.CaptureFixture[str], arguments: List[str], code: int, what: str
+) -> None:
+    """What, why and what to do, on standard error, nothing on standard output, and the promised exit code."""
+    if "--config" not in arguments:
+        arguments = [*arguments, "--config", str(config)]
+    assert cli.main(arguments) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 3
+    assert what in printed.err.splitlines()[0]
+
+
+def test_exit_codes_of_refusals(tmp_path: Path, config: Path) -> None:
+    """2 for a bundle that is not trusted, 5 for one that fails its self-test."""
+    make_bundle(tmp_path / "unsigned")
+    assert cli.main(["install", str(tmp_path / "unsigned"), "--config", str(config)]) == 2
+    signed_bundle(tmp_path / "no-model", make_key(tmp_path / "keys"))
+    assert cli.main(["install", str(tmp_path / "no-model"), "--config", str(config)]) == 5
+
+
+def test_bad_usage_is_exit_code_2(config: Path) -> None:
+    """An unknown command or a missing argument is bad usage."""
+    for arguments in ([], ["fly"], ["install"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 2
+
+
+def test_debug_shows_the_traceback(config: Path) -> None:
+    """--debug lets the error through as it was raised."""
+    with pytest.raises(Exception, match="names no installed version"):
+        cli.main(["activate", "0123456789", "--debug", "--config", str(config)])
+
+
+def test_check_says_whether_the_device_can_serve(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything serving needs is looked at; a missing runtime is exit code 4 and says its name."""
+    make_key(tmp_path / "keys")
+    assert cli.main(["check", "--json", "--config", str(config)]) == 0
+    document: Dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert document["ok"] is True
+    found = {finding["subject"]: finding["status"] for finding in document["findings"]}
+    assert {"python", "onnxruntime", "state_dir", "memory", "keys"} <= set(found)
+    assert found["keys"] == "ok"
+    (tmp_path / "keys" / "broken.pub").write_text("not a key")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert cli.main(["check", "--config", str(config)]) == 4
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("missing") and "onnxruntime" in line for line in lines)
+    assert any(line.startswith("warning") and "broken.pub" in line for line in lines)
+    assert not (tmp_path / "state").exists()
+
+
+def test_commands_reach_the_running_agent(
+    tmp_path: Path, start_agent: Callable[..., AgentProcess], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While an agent serves, the same commands act on it: a new version takes over without a restart."""
+    first = linear_bundle(tmp_path / "1")
+    second = linear_bundle(tmp_path / "2", seed=1, version=2)
+    agent = start_agent(first)
+    config = str(agent.control.with_name("agent.toml"))
+
+    def ask(*arguments: str) -> Any:
+        assert cli.main([*arguments, "--json", "--config", config]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert ask("status")[0]["serving"] == first.digest
+    assert ask("install", str(second.directory))["previous"] == first.digest
+    assert ask("status")[0]["serving"] == second.digest
+    assert ask("rollback")["digest"] == first.digest
+    assert ask("status")[0]["serving"] == first.digest
+    assert agent.stop() == 0
+    agent.start()
+    assert ask("status")[0]["serving"] == first.digest
+
+
+def test_a_store_that_is_in_use_is_not_touched(
+    tmp_path: Path, start_agent: Callable[..., AgentProcess], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If the agent runs but its socket is gone, a command refuses rather than write beside it."""
+    agent = start_agent(linear_bundle(tmp_path / "1"))
+    agent.control.unlink()
+    assert cli.main(["list", "--config", str(agent.control.with_name("agent.toml"))]) == 5
+    assert "is in use" in capsys.readouterr().err
+
+
+def test_the_command_starts_fast_and_light() -> None:
+    """Parsing loads neither numpy nor a runtime: a script may call the command often."""
+    code = "import sys, device_agent.cli; device_agent.cli._parser(); print(sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout.decode()
+    for heavy in ("numpy", "onnxruntime", "asyncio", "cryptography"):
+        assert f"'{heavy}'" not in modules
