@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence
 
@@ -67,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _set_up_logging(options: argparse.Namespace) -> None:
     """The agent logs; a command prints its result, or an error of three lines."""
+    # cryptography says so at every start on JetPack 5, where no newer Python is to be had.
+    warnings.filterwarnings("ignore", message="Python 3.8 is no longer supported")
     if options.run is _serve or options.debug:
         import logging
 
