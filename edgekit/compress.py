@@ -142,8 +142,8 @@ def _load_model(request: Request, recipe: Recipe) -> tuple[Model, Preprocess | N
     sample = None
     if ":" in request.model:  # a factory may need to be told the shape of its input
         sample = next(load_data(request.calib, description, None, recipe.seed).samples()).inputs
-    model = load_model(request.model, request.weights, sample=sample)
-    return model, description or model.preprocess
+    model = load_model(request.model, request.weights, sample=sample, preprocess=description)
+    return model, model.preprocess
 
 
 def _not_empty(data: Dataset, spec: str) -> None:

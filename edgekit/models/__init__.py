@@ -19,7 +19,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -47,7 +47,7 @@ class Model:
         digest: SHA-256 over the content that defines it.
         inputs, outputs: the signature.
         path: the directory or file it came from; None for a factory.
-        preprocess: as the model's own files say; None where they say nothing.
+        preprocess: as the caller or else the model's own files say; None where neither says anything.
     """
 
     kind: Literal["torch", "exported", "onnx"]
@@ -84,7 +84,13 @@ class Model:
         return self._examples(batch, length)
 
 
-def load_model(spec: str | Path, weights: Path | None = None, *, sample: Arrays | None = None) -> Model:
+def load_model(
+    spec: str | Path,
+    weights: Path | None = None,
+    *,
+    sample: Arrays | None = None,
+    preprocess: Preprocess | None = None,
+) -> Model:
     """Load a model in any of its forms.
 
     Args:
@@ -92,6 +98,7 @@ def load_model(spec: str | Path, weights: Path | None = None, *, sample: Arrays 
         weights: ``.safetensors`` (or ``.pt``, ``.bin``, read without executing anything) for a factory.
         sample: one sample of the data, without batch axis; the shape for a factory that has no
             ``example_inputs`` beside it.
+        preprocess: takes the place of what the model's own files say; its size of images is the model's.
 
     Raises:
         BadInput: missing, malformed, not a form that edgekit reads, or something that would execute code.
@@ -100,7 +107,7 @@ def load_model(spec: str | Path, weights: Path | None = None, *, sample: Arrays 
     if is_object_spec(text) and not Path(text).exists():
         from edgekit.models import factory
 
-        return factory.load(text, weights, sample)
+        return replace(factory.load(text, weights, sample), preprocess=preprocess)
     path = Path(spec)
     if weights is not None:
         raise BadInput(
@@ -114,22 +121,22 @@ def load_model(spec: str | Path, weights: Path | None = None, *, sample: Arrays 
             "there is no such file or directory, and it is not package.module:factory",
             "check the path",
         )
-    return _load_path(path)
+    return _load_path(path, preprocess)
 
 
-def _load_path(path: Path) -> Model:
+def _load_path(path: Path, preprocess: Preprocess | None) -> Model:
     if path.is_dir():
         from edgekit.models import huggingface
 
-        return huggingface.load(path)
+        return huggingface.load(path, preprocess)
     if path.suffix == ".onnx":
         from edgekit.models import onnx_file
 
-        return onnx_file.load(path)
+        return replace(onnx_file.load(path), preprocess=preprocess)
     if path.suffix == ".pt2":
         from edgekit.models import exported
 
-        return exported.load(path)
+        return replace(exported.load(path), preprocess=preprocess)
     raise BadInput(
         f"{path} is not a model that edgekit reads",
         "a model is a Hugging Face directory, package.module:factory, a .pt2 or an .onnx file",

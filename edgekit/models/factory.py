@@ -38,7 +38,7 @@ def load(spec: str, weights_file: Path | None, sample: Arrays | None) -> Model:
     module = build()
     rows = _example_rows(spec, module, sample)
     examples = partial(_cycled, rows)
-    inputs = inputs_of(rows)
+    inputs = inputs_of(rows, free_length=_text_length(rows))
     return Model(
         kind="torch",
         name=model_name(spec.partition(":")[2]),
@@ -134,8 +134,22 @@ def _forward_names(module: nn.Module) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind in positional]
 
 
-def _cycled(rows: Arrays, batch: int, _length: int) -> Arrays:
-    return {name: array[np.arange(batch) % len(array)] for name, array in rows.items()}
+def _text_length(rows: Arrays) -> int | None:
+    """Length of the texts, if these are texts: then it is free, as an attention mask says what counts."""
+    mask = rows.get("attention_mask")
+    return None if mask is None or mask.ndim != 2 else int(mask.shape[1])
+
+
+def _cycled(rows: Arrays, batch: int, length: int) -> Arrays:
+    """The rows over and over; texts are cut or repeated to ``length``."""
+    text_length = _text_length(rows)
+    arrays = {name: array[np.arange(batch) % len(array)] for name, array in rows.items()}
+    return {
+        name: array[:, np.arange(length) % text_length]
+        if text_length is not None and array.shape[1:] == (text_length,)
+        else array
+        for name, array in arrays.items()
+    }
 
 
 def _digest(spec: str, module: nn.Module, weights_file: Path | None) -> str:

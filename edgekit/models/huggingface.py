@@ -26,8 +26,12 @@ _DIGESTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*/config.json")
 _EXAMPLE_SEED = 0
 
 
-def load(directory: Path) -> Model:
+def load(directory: Path, description: preprocess.Preprocess | None = None) -> Model:
     """Load an image or text encoder from its directory.
+
+    Args:
+        directory: as ``save_pretrained`` writes it.
+        description: takes the place of the directory's own preprocessing.
 
     Raises:
         BadInput: files are missing or damaged, the architecture needs code that is not in transformers,
@@ -46,7 +50,7 @@ def load(directory: Path) -> Model:
             f"there is none of {', '.join(_WEIGHTS)}",
             "save the model there with model.save_pretrained(...)",
         )
-    description = preprocess.from_huggingface(directory)
+    description = description or preprocess.from_huggingface(directory)
     build = partial(_build, directory, config)
     module = build()
     inputs = _inputs(module, description)

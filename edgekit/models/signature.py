@@ -45,12 +45,16 @@ def run(module: Callable[..., Any], inputs: Arrays, names: Sequence[str]) -> dic
     return {name: value.numpy() for name, value in named.items()}
 
 
-def inputs_of(example: Arrays) -> tuple[TensorSpec, ...]:
-    """Signature of inputs of which only the batch axis is free."""
+def inputs_of(example: Arrays, free_length: int | None = None) -> tuple[TensorSpec, ...]:
+    """Signature of example inputs: the batch axis is free, as is the length of ``[batch, free_length]``."""
     return tuple(
-        TensorSpec(name, protocol_dtype(array.dtype), (-1, *array.shape[1:]))
+        TensorSpec(name, protocol_dtype(array.dtype), (-1, *_free_text(array.shape[1:], free_length)))
         for name, array in example.items()
     )
+
+
+def _free_text(sizes: tuple[int, ...], free_length: int | None) -> tuple[int, ...]:
+    return (-1,) if sizes == (free_length,) else sizes
 
 
 def plain_examples(inputs: Sequence[TensorSpec], batch: int, length: int) -> Arrays:

