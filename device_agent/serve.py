@@ -77,6 +77,7 @@ async def _serve(config: Config, store: Store) -> int:
     control_server.close()
     complete = await http.drain(config.limits.drain_timeout_s)
     await status.drain(1.0)
+    await loop.run_in_executor(None, lifecycle.close)  # an update that runs is finished first
     await _retire_all(models)
     _log.info("stopped" if complete else "stopped before every request was answered")
     return 0 if complete else 1
