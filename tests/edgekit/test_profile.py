@@ -206,3 +206,12 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     """A path to nothing is reported as such."""
     with pytest.raises(BadInput, match="cannot be read"):
         profile.load(tmp_path / "none.toml")
+
+
+def test_the_documentation_names_every_key_and_profile() -> None:
+    """docs/profiles.md, to which errors refer, leaves nothing out."""
+    page = (Path(__file__).parents[2] / "docs" / "profiles.md").read_text(encoding="utf-8")
+    tables = {"accelerator": profile.Accelerator, "runtime": profile.Runtime, "memory": profile.Memory}
+    keys = [key for table in tables.values() for key in table.model_fields]
+    for key in [*profile.Profile.model_fields, *keys, *profile.names()]:
+        assert key in page
