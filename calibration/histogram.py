@@ -30,6 +30,7 @@ class Histogram:
         exponent: the width's power of two; None before the first non-zero value.
         lo, hi: smallest and largest value seen.
         elements: how many values were seen.
+        zeros: how many of them were exactly zero; they are counted in bin ``HALF`` too.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,7 @@ class Histogram:
         self.lo = math.inf
         self.hi = -math.inf
         self.elements = 0
+        self.zeros = 0
 
     @property
     def width(self) -> float:
@@ -52,6 +54,7 @@ class Histogram:
         lo, hi = float(flat.min()), float(flat.max())
         self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
         self.elements += flat.size
+        self.zeros += flat.size - int(np.count_nonzero(flat))
         self._grow_to(max(abs(lo), abs(hi)))
         if self.exponent is None:
             self.counts[HALF] += flat.size

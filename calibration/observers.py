@@ -9,16 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from calibration.errors import CalibrationError
-from calibration.histogram import HALF, Histogram
+from calibration.histogram import Histogram
+from calibration.ranges import entropy_range, mse_range, percentile_range
 
 DEFAULT_PERCENTILE = 99.99
-OBSERVERS = ("minmax", "percentile")
+OBSERVERS = ("minmax", "percentile", "mse", "entropy")
+
+
+_METHODS: Mapping[str, Callable[[Histogram], tuple[float, float]]] = {
+    "mse": mse_range,
+    "entropy": entropy_range,
+}
 
 
 class Observer(Protocol):
@@ -108,22 +116,6 @@ class FromHistogram:
         return self._choose(self.histogram)
 
 
-def percentile_range(histogram: Histogram, percentile: float) -> tuple[float, float]:
-    """The range that leaves out the ``100 - percentile`` percent of values on either side.
-
-    The ends are bin edges, and never beyond what was seen.
-    """
-    total = histogram.elements
-    allowed = math.floor(total * (100.0 - percentile) / 100.0)
-    below = np.cumsum(histogram.counts)
-    above = np.cumsum(histogram.counts[::-1])[::-1]
-    first = int(np.argmax(below > allowed))
-    last = int(2 * HALF - 1 - np.argmax(above[::-1] > allowed))
-    lo = max((first - HALF) * histogram.width, histogram.lo)
-    hi = min((last + 1 - HALF) * histogram.width, histogram.hi)
-    return lo, hi
-
-
 @dataclass(frozen=True)
 class ObserverKind:
     """One choice of observer with its settings.
@@ -156,10 +148,10 @@ def observer_kind(name: str, *, percentile: float = DEFAULT_PERCENTILE) -> Obser
                 "it is the share of values to keep on each side, above 50 and at most 100",
                 f"leave it at {DEFAULT_PERCENTILE}",
             )
-        settings = {"percentile": float(percentile)}
-        return ObserverKind(
-            name, settings, lambda: FromHistogram(lambda h: percentile_range(h, percentile)), True
-        )
+        chosen = partial(percentile_range, percentile=percentile)
+        return ObserverKind(name, {"percentile": float(percentile)}, partial(FromHistogram, chosen), True)
+    if name in _METHODS:
+        return ObserverKind(name, {}, partial(FromHistogram, _METHODS[name]), True)
     raise CalibrationError(
         f"there is no observer {name!r}",
         "observers choose the range of each tensor from its values",

@@ -44,7 +44,7 @@ def calibrate(
     Args:
         model: a float model; it is prepared first (see ``prepare``).
         samples: mappings from input names to arrays, batch axis first; read once, one at a time.
-        observer: ``minmax`` or ``percentile``.
+        observer: ``minmax``, ``percentile``, ``mse`` (least squared error) or ``entropy``.
         percentile: with ``percentile``, the share of values to keep on each side.
         threads: for ONNX Runtime; 0 leaves the choice to it.
         progress: called after each sample with the number of rows done.
