@@ -78,8 +78,9 @@ def pack(staging: Path, manifest: Manifest, out: Path) -> Bundle:
     out.mkdir(parents=True, exist_ok=True)
     if not _holds(directory, identity):
         _publish(staging, manifest, manifest_bytes, directory)
-    with agent_errors():
-        archive.pack(directory, single)
+    if not _holds(single, identity):
+        with agent_errors():
+            archive.pack(directory, single)
     return Bundle(directory, single, identity, manifest)
 
 
@@ -177,14 +178,13 @@ def _entry(staging: Path, path: Path) -> FileEntry:
     return FileEntry(relative, sha256.hexdigest(), size)
 
 
-def _holds(directory: Path, identity: str) -> bool:
-    """Whether ``directory`` is already the whole bundle ``identity``."""
+def _holds(path: Path, identity: str) -> bool:
+    """Whether the bundle ``identity`` is already at ``path``, whole."""
     try:
-        head = archive.read_head(directory)
-        archive.check_files(directory, head.manifest)
-    except AgentError:
+        with open_bundle(path) as opened:
+            return opened.digest == identity
+    except BadInput:
         return False
-    return head.digest == identity
 
 
 def _publish(staging: Path, manifest: Manifest, manifest_bytes: bytes, directory: Path) -> None:
