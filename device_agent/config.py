@@ -64,8 +64,8 @@ class Limits:
         max_body_bytes: largest request body, also after it is decompressed; more is a 413.
         max_queue_size: requests of one model that may wait; more are refused with 503.
         max_connections: open connections; more are refused with 503.
-        header_timeout_s: from a request's first byte to the end of its head; the body has this long too,
-            and one second more for each 64 KiB.
+        header_timeout_s: from a request's first byte to its last; each 64 KiB of an announced body add a
+            second.
         idle_timeout_s: how long a connection may stay open without a request.
         drain_timeout_s: how long a stopping agent waits for the requests that it accepted.
     """

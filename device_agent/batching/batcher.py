@@ -99,6 +99,7 @@ class Batcher:
         self._settings = settings
         self._metrics = metrics
         self._queue: List[Job] = []
+        self._timeouts = 0  # waiting jobs that have one
         self._busy = False
         self._pump_planned = False
         self._timer: Optional[asyncio.TimerHandle] = None
@@ -118,6 +119,7 @@ class Batcher:
             raise QueueFull
         job.arrived_s = time.monotonic()
         self._queue.append(job)
+        self._timeouts += job.timeout_s is not None
         self._metrics.queue_depth = len(self._queue)
         if not self._busy:
             self._plan_pump()
@@ -126,9 +128,8 @@ class Batcher:
         """Forget a job whose client is gone; a batch that already runs is not disturbed."""
         job.cancelled = True
         if job in self._queue:
-            self._queue.remove(job)
+            self._take([self._queue.index(job)])
             self._metrics.cancelled += 1
-            self._metrics.queue_depth = len(self._queue)
             self._notify_if_idle()
 
     async def drain(self) -> None:
@@ -158,7 +159,7 @@ class Batcher:
         if self._busy:
             return
         now_s = time.monotonic()
-        expired = self._take_expired(now_s)
+        expired = self._take_expired(now_s) if self._timeouts else []
         decision = decide(self._queue, now_s, False, self.latency.predict, self._settings.policy)
         if self._timer is not None:
             self._timer.cancel()
@@ -170,13 +171,15 @@ class Batcher:
             self._timer = loop.call_later(decision.wake_at_s - now_s, self._pump)
         for job in expired:
             job.on_done(job)
-        self._notify_if_idle()
+        if expired:
+            self._notify_if_idle()
 
     def _take(self, positions: Sequence[int]) -> List[Job]:
         batch = [self._queue[position] for position in positions]
         for position in reversed(positions):
             del self._queue[position]
         self._metrics.queue_depth = len(self._queue)
+        self._timeouts -= sum(job.timeout_s is not None for job in batch)
         return batch
 
     def _take_expired(self, now_s: float) -> List[Job]:
@@ -200,7 +203,8 @@ class Batcher:
         if expected_s is not None and expected_s < _INLINE_BELOW_S:
             _execute(self._engine, batch)
             self._settle(batch)
-            self._plan_pump()
+            if self._queue:
+                self._plan_pump()
             self._answer(batch)
             return
         if self._thread is None:

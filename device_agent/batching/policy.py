@@ -59,6 +59,9 @@ class Decision:
     wake_at_s: Optional[float] = None
 
 
+_LONE = Decision(take=(0,))
+
+
 def decide(
     queue: Sequence[Waiting],
     now_s: float,
@@ -79,6 +82,8 @@ def decide(
     """
     if busy or not queue:
         return Decision()
+    if len(queue) == 1 and settings.max_queue_delay_s == 0.0:
+        return _LONE
     candidates = _companions(queue, settings.max_batch_size)
     rows = sum(queue[i].rows for i in candidates)
     due_s = queue[0].arrived_s + settings.max_queue_delay_s

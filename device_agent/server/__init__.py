@@ -1,1 +1,1 @@
-"""The agent's doors: ``protocol`` is bytes in and bytes out, ``http`` the sockets, ``routes`` joins them."""
+"""The agent's doors: ``protocol`` is bytes in and out, ``http`` the sockets, ``routes`` joins them."""

@@ -132,6 +132,10 @@ class ModelProtocol:
         self.outputs = {spec.name: spec for spec in outputs}
         self.max_batch_size = max_batch_size
         self._plans: Dict[bytes, _Plan] = {}
+        self._output_openings = {
+            spec.name: f'{{"name":{json.dumps(spec.name)},"datatype":"{spec.dtype}","shape":['
+            for spec in outputs
+        }
         self._opening = f'{{"model_name":{json.dumps(name)},"model_version":{json.dumps(version)},'
 
     # Requests
@@ -284,9 +288,7 @@ class ModelProtocol:
             else:
                 content = f'"data":{_dump_data(wish.name, datatype, array)}'
             shape = ",".join(map(str, array.shape))
-            entries.append(
-                f'{{"name":{json.dumps(wish.name)},"datatype":"{datatype}","shape":[{shape}],{content}}}'
-            )
+            entries.append(f"{self._output_openings[wish.name]}{shape}],{content}}}")
         echo = "" if request.id is None else f'"id":{json.dumps(request.id)},'
         head = f'{self._opening}{echo}"outputs":[{",".join(entries)}]}}'.encode()
         return Answer([head, *buffers], len(head) if buffers else None)
@@ -387,55 +389,6 @@ def _dump_data(name: str, datatype: str, array: np.ndarray[Any, Any]) -> str:
         raise ProtocolError(400, f"output '{name}' {error}") from error
 
 
-# Documents
-
-
 def error_body(message: str) -> bytes:
     """The body of every error answer."""
     return json.dumps({"error": message}).encode()
-
-
-def model_metadata(model: ModelProtocol, runtime: str) -> Dict[str, Any]:
-    """Answer to ``GET /v2/models/M``; shapes include the batch axis as -1."""
-    return {
-        "name": model.name,
-        "versions": [model.version],
-        "platform": _platform(runtime),
-        "inputs": [_tensor_metadata(spec) for spec in model.inputs.values()],
-        "outputs": [_tensor_metadata(spec) for spec in model.outputs.values()],
-    }
-
-
-def model_config(
-    model: ModelProtocol, runtime: str, batchable: bool, max_queue_delay_us: int
-) -> Dict[str, Any]:
-    """Answer to ``GET /v2/models/M/config``, as Triton writes it: dims leave the batch axis out."""
-    skip = 1 if batchable else 0
-    config: Dict[str, Any] = {
-        "name": model.name,
-        "platform": _platform(runtime),
-        "backend": runtime,
-        "version_policy": {"latest": {"num_versions": 1}},
-        "max_batch_size": model.max_batch_size if batchable else 0,
-        "input": [_tensor_config(spec, skip) for spec in model.inputs.values()],
-        "output": [_tensor_config(spec, skip) for spec in model.outputs.values()],
-        "instance_group": [{"name": f"{model.name}_0", "kind": "KIND_CPU", "count": 1}],
-        "default_model_filename": "model.onnx",
-        "parameters": {},
-    }
-    if batchable:
-        config["dynamic_batching"] = {"max_queue_delay_microseconds": max_queue_delay_us}
-    return config
-
-
-def _platform(runtime: str) -> str:
-    return {"onnxruntime": "onnxruntime_onnx"}.get(runtime, f"{runtime}_plan")
-
-
-def _tensor_metadata(spec: TensorSpec) -> Dict[str, Any]:
-    return {"name": spec.name, "datatype": spec.dtype, "shape": list(spec.shape)}
-
-
-def _tensor_config(spec: TensorSpec, skip: int) -> Dict[str, Any]:
-    kind = "STRING" if spec.dtype == "BYTES" else spec.dtype
-    return {"name": spec.name, "data_type": f"TYPE_{kind}", "dims": list(spec.shape[skip:])}

@@ -17,18 +17,16 @@ from device_agent.engines.base import InputError
 from device_agent.errors import AgentError
 from device_agent.metrics import Metrics
 from device_agent.models import LoadedModel, Models
+from device_agent.server.connection import BINARY, JSON, Connection, Request
 from device_agent.server.content import compress, decompress
-from device_agent.server.http import BINARY, JSON, Connection, Request
+from device_agent.server.documents import model_config, model_metadata, model_statistics
 from device_agent.server.protocol import (
     InferRequest,
     ModelProtocol,
     ProtocolError,
     error_body,
     load_json,
-    model_config,
-    model_metadata,
 )
-from device_agent.server.statistics import model_statistics
 
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 

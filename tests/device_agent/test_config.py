@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ def test_every_setting_has_a_default(tmp_path: Path) -> None:
     assert loaded == config.Config()
     assert (loaded.http.host, loaded.http.port) == ("127.0.0.1", 8000)
     assert (loaded.metrics.host, loaded.metrics.port) == ("127.0.0.1", 8002)
+
+
+def test_the_documented_defaults_are_the_defaults() -> None:
+    """The configuration in docs/serving.md, used as it is, changes nothing."""
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    block = text.partition("These are the defaults:\n")[2].partition("\n## ")[0]
+    documented = textwrap.dedent(block)
+    assert "max_queue_delay_us" in documented
+    assert config.parse(documented, "docs/serving.md") == config.Config()
 
 
 def test_a_file_overrides_what_it_names_and_nothing_else(tmp_path: Path) -> None:

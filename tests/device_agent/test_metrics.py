@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from device_agent.batching.batcher import Job
 from device_agent.metrics import SECONDS_BOUNDS, Histogram, Metrics
-from device_agent.server.statistics import model_statistics
+from device_agent.server.documents import model_statistics
 
 
 def finished(rows: int, queue_s: float, compute_s: float, batch_rows: int) -> Job:

@@ -1,11 +1,59 @@
-"""The statistics extension of the protocol: counters of a model in Triton's JSON form. Pure functions."""
+"""The protocol's documents about a model: metadata, configuration, statistics. Pure functions."""
 
 from __future__ import annotations
 
 import time
 from typing import Any, Dict
 
+from device_agent.manifest import TensorSpec
 from device_agent.metrics import Histogram, ModelMetrics
+from device_agent.server.protocol import ModelProtocol
+
+
+def model_metadata(model: ModelProtocol, runtime: str) -> Dict[str, Any]:
+    """Answer to ``GET /v2/models/M``; shapes include the batch axis as -1."""
+    return {
+        "name": model.name,
+        "versions": [model.version],
+        "platform": _platform(runtime),
+        "inputs": [_tensor_metadata(spec) for spec in model.inputs.values()],
+        "outputs": [_tensor_metadata(spec) for spec in model.outputs.values()],
+    }
+
+
+def model_config(
+    model: ModelProtocol, runtime: str, batchable: bool, max_queue_delay_us: int
+) -> Dict[str, Any]:
+    """Answer to ``GET /v2/models/M/config``, as Triton writes it: dims leave the batch axis out."""
+    skip = 1 if batchable else 0
+    config: Dict[str, Any] = {
+        "name": model.name,
+        "platform": _platform(runtime),
+        "backend": runtime,
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": model.max_batch_size if batchable else 0,
+        "input": [_tensor_config(spec, skip) for spec in model.inputs.values()],
+        "output": [_tensor_config(spec, skip) for spec in model.outputs.values()],
+        "instance_group": [{"name": f"{model.name}_0", "kind": "KIND_CPU", "count": 1}],
+        "default_model_filename": "model.onnx",
+        "parameters": {},
+    }
+    if batchable:
+        config["dynamic_batching"] = {"max_queue_delay_microseconds": max_queue_delay_us}
+    return config
+
+
+def _platform(runtime: str) -> str:
+    return {"onnxruntime": "onnxruntime_onnx"}.get(runtime, f"{runtime}_plan")
+
+
+def _tensor_metadata(spec: TensorSpec) -> Dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.dtype, "shape": list(spec.shape)}
+
+
+def _tensor_config(spec: TensorSpec, skip: int) -> Dict[str, Any]:
+    kind = "STRING" if spec.dtype == "BYTES" else spec.dtype
+    return {"name": spec.name, "data_type": f"TYPE_{kind}", "dims": list(spec.shape[skip:])}
 
 
 def model_statistics(name: str, version: str, counters: ModelMetrics) -> Dict[str, Any]:
