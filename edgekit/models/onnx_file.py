@@ -87,6 +87,8 @@ def _external_files(path: Path, model: ModelProto) -> list[Path]:
         if not entries:
             continue
         location = entries.get("location", "")
+        if not _is_text(location):
+            raise _damaged(path, f"the data of {tensor.name!r} has no readable location")
         file = path.parent / location
         if not file.resolve().is_relative_to(path.parent.resolve()) or file.is_symlink():
             raise _damaged(path, f"the data of '{tensor.name}' lies outside its directory: {location}")
@@ -125,10 +127,13 @@ def _spec(path: Path, info: ValueInfoProto) -> TensorSpec:
     import onnx
 
     tensor = info.type.tensor_type
+    if not _is_text(info.name):
+        raise _damaged(path, f"a tensor has the name {info.name!r}")
     try:
         dtype = protocol_dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     except KeyError as error:
-        kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
+        names = {number: name for name, number in onnx.TensorProto.DataType.items()}
+        kind = names.get(tensor.elem_type, f"type {tensor.elem_type}")
         raise BadInput(
             f"the model {path} is not one that edgekit takes",
             f"'{info.name}' is no tensor of numbers: {kind}",
@@ -136,6 +141,11 @@ def _spec(path: Path, info: ValueInfoProto) -> TensorSpec:
         ) from error
     shape = tuple(_dimension(dimension) for dimension in tensor.shape.dim)
     return TensorSpec(info.name, dtype, shape)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a protobuf string is one: damaged ones come as bytes, or with characters that no name has."""
+    return isinstance(value, str) and value.isprintable() and value != ""
 
 
 def _dimension(dimension: Any) -> int:
