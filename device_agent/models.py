@@ -6,6 +6,8 @@ is closed when its queue is empty; requests after it run on the new one. None fa
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 from device_agent.batching.batcher import Batcher, BatcherSettings
 from device_agent.batching.policy import PolicySettings
 from device_agent.config import Config
-from device_agent.engines import open_engine
+from device_agent.engines import candidates
 from device_agent.engines.base import Engine, EngineError, EngineSettings
 from device_agent.errors import Refused
 from device_agent.manifest import Manifest
@@ -25,6 +27,8 @@ from device_agent.selftest import SelfTest, check, load_arrays
 
 _WARM_UP_RUNS = 3
 _WARM_UP_BUDGET_S = 0.2  # for batches larger than one; a slow model learns them while it serves
+
+_log = logging.getLogger(__name__)
 
 Arrays = Dict[str, "np.ndarray[Any, Any]"]
 
@@ -70,9 +74,21 @@ class Models:
 
         Raises:
             Missing: a runtime is not installed.
-            Refused: the engine does not load, or does not reproduce the golden outputs.
+            Refused: no engine loads and reproduces the golden outputs, not even the portable graph.
         """
-        engine = open_engine(directory, manifest, EngineSettings(threads=self._config.threads))
+        settings = EngineSettings(threads=self._config.threads)
+        failure: Optional[Refused] = None
+        for engine in candidates(directory, manifest, settings):
+            try:
+                return self._bring_up(engine, directory, manifest, digest)
+            except Refused as error:
+                _log.warning("%s of %s: %s: %s", engine.runtime, manifest.name, error.what, error.why)
+                failure = error
+        raise failure or Refused(
+            f"{manifest.name} has no engine for this device", "none fits", "build the bundle for this device"
+        )
+
+    def _bring_up(self, engine: Engine, directory: Path, manifest: Manifest, digest: str) -> LoadedModel:
         try:
             selftest = check(engine, directory, manifest)
             batcher = Batcher(
@@ -108,12 +124,8 @@ class Models:
         """Let a replaced version finish what it accepted, then free it."""
         await loaded.batcher.drain()
         loaded.batcher.close()
-        loaded.engine.close()
-
-    async def drain(self) -> None:
-        """Wait until no model has a request left."""
-        for loaded in list(self._serving.values()):
-            await loaded.batcher.drain()
+        # Freeing a large model takes milliseconds, which the requests of others must not wait for.
+        await asyncio.get_running_loop().run_in_executor(None, loaded.engine.close)
 
     def get(self, name: str) -> Optional[LoadedModel]:
         """The serving version of a model."""

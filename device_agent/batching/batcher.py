@@ -262,7 +262,10 @@ class _EngineThread:
     def _serve(self) -> None:
         for batch in iter(self._batches.get, None):
             _execute(self._engine, batch)
-            self._loop.call_soon_threadsafe(self._on_finished, batch)
+            try:
+                self._loop.call_soon_threadsafe(self._on_finished, batch)
+            except RuntimeError:
+                return  # the loop has ended without waiting for this batch: nobody is left to tell
 
 
 # Executing

@@ -54,31 +54,42 @@ def load_runtime(name: str) -> ModuleType:
 
 
 def open_engine(directory: Path, manifest: Manifest, settings: EngineSettings) -> Engine:
-    """Load the best engine of an unpacked bundle that fits this device.
+    """Load the best engine of an unpacked bundle that fits this device: the first of :func:`candidates`."""
+    return next(candidates(directory, manifest, settings))
 
-    Takes the first prebuilt engine whose runtime is here and whose fingerprint equals the device's, and
-    else the portable graph on ONNX Runtime.
+
+def candidates(directory: Path, manifest: Manifest, settings: EngineSettings) -> Iterator[Engine]:
+    """Load, one after the other, what can run a bundle here; the caller closes what it does not keep.
+
+    First the prebuilt engines whose runtime is here and whose fingerprint equals the device's, in the
+    manifest's order; one that does not load is logged and passed over. Last the portable graph on ONNX
+    Runtime.
 
     Raises:
         Missing: ONNX Runtime is needed and not installed.
-        Refused: the file does not load, or its tensors are not those of the manifest.
+        Refused: the portable graph does not load, or its tensors are not those of the manifest.
     """
     for entry in manifest.engines:
         try:
             runtime = load_runtime(entry.runtime)
+            _check_fingerprint(entry, runtime)
+            engine = _open(runtime, directory / entry.path, manifest, settings)
         except AgentError as error:
-            _log.info("engine %s of %s does not fit: %s", entry.path, manifest.name, error.what)
+            _log.warning("engine %s of %s is passed over: %s", entry.path, manifest.name, error.what)
             continue
-        if not _fits(entry, runtime):
-            _log.info("engine %s of %s does not fit: made for another device", entry.path, manifest.name)
-            continue
-        return _open(runtime, directory / entry.path, manifest, settings)
-    return _open(load_runtime("onnxruntime"), directory / manifest.graph, manifest, settings)
+        yield engine
+    yield _open(load_runtime("onnxruntime"), directory / manifest.graph, manifest, settings)
 
 
-def _fits(entry: EngineEntry, runtime: ModuleType) -> bool:
+def _check_fingerprint(entry: EngineEntry, runtime: ModuleType) -> None:
     own = runtime.fingerprint()
-    return all(own.get(key) == value for key, value in entry.fingerprint.items())
+    for key, value in entry.fingerprint.items():
+        if own.get(key) != value:
+            raise Refused(
+                f"it was built for {key} {value}, this device has {own.get(key)}",
+                "an engine fits only what it was built for",
+                "build the bundle with an engine for this device's profile",
+            )
 
 
 def _open(runtime: ModuleType, path: Path, manifest: Manifest, settings: EngineSettings) -> Engine:

@@ -30,6 +30,7 @@ _RECEIVE_BYTES = 16 * 1024
 _MAX_HEAD_BYTES = 32 * 1024
 _MIN_BODY_BYTES_PER_S = 64 * 1024
 _ALIGNMENT_BYTES = 64
+_LINGER_S = 2.0
 
 _HEADS = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: ".encode()
@@ -83,6 +84,7 @@ class Connection(asyncio.BufferedProtocol):
         self._announced_bytes: Optional[int] = None
         self._active: Optional[Request] = None  # being answered
         self._pending: Deque[Request] = deque()
+        self._paused = False  # reading
         self._closing = False
         self._deadline_s: Optional[float] = None
 
@@ -269,12 +271,14 @@ class Connection(asyncio.BufferedProtocol):
         if self._transport is None or self._closing or request is None:
             return
         close = self._server.draining or not request.keep_alive
+        if request.method == "HEAD":
+            parts = []
         self._write(status, parts, content_type, headers + _connection_header(request, close))
         if close:
             self._close()
         else:
             self._deadline_s = time.monotonic() + self._server.limits.idle_timeout_s
-            if self._pending:
+            if self._paused:
                 # Not at once: a client that sends ahead must not keep others from their turn.
                 asyncio.get_running_loop().call_soon(self._next)
 
@@ -283,7 +287,8 @@ class Connection(asyncio.BufferedProtocol):
             return
         if self._pending:
             self._handle(self._pending.popleft())
-        elif not self._transport.is_reading():
+        elif self._paused:
+            self._paused = False
             self._transport.resume_reading()
 
     def _write(self, status: int, parts: Sequence[Buffer], content_type: bytes, headers: bytes) -> None:
@@ -301,7 +306,7 @@ class Connection(asyncio.BufferedProtocol):
             self._stop_reading()  # those before it still get their answers
             return
         self._write(status, [error_body(message)], JSON, b"Connection: close\r\n")
-        self._close()
+        self._linger()
 
     # Ending
 
@@ -333,6 +338,18 @@ class Connection(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.close()
 
+    def _linger(self) -> None:
+        """End our side, and throw away what still comes.
+
+        Closing while the client sends would reset the connection, and the client would not see its answer
+        (RFC 9112, section 9.6).
+        """
+        self._closing = True
+        self._incoming, self._body, self._chunks = None, None, []
+        self._deadline_s = time.monotonic() + _LINGER_S
+        if self._transport is not None:
+            self._transport.write_eof()
+
     def _stop_reading(self) -> None:
         """Close after the last request that was received."""
         self._pause_reading()
@@ -342,7 +359,8 @@ class Connection(asyncio.BufferedProtocol):
             last.keep_alive = False
 
     def _pause_reading(self) -> None:
-        if self._transport is not None and not self._closing and self._transport.is_reading():
+        if self._transport is not None and not self._closing and not self._paused:
+            self._paused = True
             self._transport.pause_reading()
 
 

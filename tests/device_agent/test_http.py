@@ -311,9 +311,36 @@ def test_requests_sent_ahead_are_answered_in_order(agent: AgentProcess) -> None:
     bodies = [json.dumps(infer_body(id=str(i))).encode() for i in range(count)]
     data = b"".join(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body for body in bodies)
     with connect(agent) as sock, sock.makefile("rb") as stream:
-        sock.sendall(data)
-        ids = [json.loads(read_response(stream)[2])["id"] for _ in range(count)]
-    assert ids == [str(i) for i in range(count)]
+        for _ in range(2):
+            sock.sendall(data)
+            ids = [json.loads(read_response(stream)[2])["id"] for _ in range(count)]
+            assert ids == [str(i) for i in range(count)]
+
+
+def test_nonsense_after_good_requests_does_not_cost_their_answers(agent: AgentProcess) -> None:
+    """What came whole before a broken request is answered, and then the connection ends."""
+    with connect(agent) as sock, sock.makefile("rb") as stream:
+        sock.sendall(WHOLE + WHOLE + b"nonsense\r\n\r\n")
+        assert [read_response(stream)[0] for _ in range(2)] == [200, 200]
+        assert stream.read() == b""
+
+
+def test_head_has_no_body(agent: AgentProcess) -> None:
+    """HEAD is answered without a body, so that the next answer on the connection is not misread."""
+    with connect(agent) as sock, sock.makefile("rb") as stream:
+        sock.sendall(b"HEAD /v2 HTTP/1.1\r\n\r\n")
+        status, headers, body = read_response(stream)
+        assert (status, headers["content-length"], body) == (405, "0", b"")
+        sock.sendall(WHOLE)
+        assert read_response(stream)[0] == 200
+
+
+def test_a_client_that_sends_too_much_still_reads_why(agent: AgentProcess) -> None:
+    """The 413 arrives even while the client is busy sending."""
+    body = b"x" * (MAX_BODY_BYTES + 1)
+    status, document = request(agent, "/v2/models/model/infer", body)
+    assert status == 413
+    assert str(MAX_BODY_BYTES) in document["error"]
 
 
 def test_chunked_bodies_are_read(agent: AgentProcess) -> None:

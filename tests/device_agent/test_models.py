@@ -13,7 +13,7 @@ from agent_testing import TestBundle, linear, linear_bundle, make_model, session
 from device_agent.batching.batcher import Job
 from device_agent.config import Config
 from device_agent.errors import Refused
-from device_agent.manifest import TensorSpec
+from device_agent.manifest import EngineEntry, TensorSpec
 from device_agent.metrics import Metrics
 from device_agent.models import LoadedModel, Models, is_batchable
 
@@ -152,6 +152,22 @@ def test_a_batch_size_that_does_not_run_is_refused_at_once(tmp_path: Path) -> No
     )
     with pytest.raises(Refused, match="batch size"):
         prepare(make_models(), write_bundle(tmp_path / "1", model, {"x": X}))
+
+
+def test_an_engine_that_computes_wrongly_is_passed_over(tmp_path: Path) -> None:
+    """A prebuilt engine that fails the self-test, or does not load, gives way to the portable graph."""
+    bundle = linear_bundle(tmp_path / "1")
+    (bundle.directory / "wrong.onnx").write_bytes(linear(seed=9).SerializeToString())
+    (bundle.directory / "broken.onnx").write_bytes(b"no model")
+    engines = tuple(EngineEntry("onnxruntime", f"{name}.onnx", "fp32", {}) for name in ("broken", "wrong"))
+    manifest = replace(bundle.manifest, engines=engines)
+
+    async def main() -> None:
+        loaded = make_models().prepare(bundle.directory, manifest, bundle.digest)
+        expected = session_of(linear()).run(None, {"x": X})[0]
+        np.testing.assert_array_equal(await infer(loaded), expected)
+
+    asyncio.run(main())
 
 
 def test_free_axes_make_a_model_batchable(tmp_path: Path) -> None:
