@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import pytest
 
@@ -256,14 +256,12 @@ def _run(world: World, change: Change) -> None:
 
 
 def _unique(states: List[Contents]) -> List[Contents]:
-    seen: Set[Any] = set()
-    kept = []
+    """Drop repeated states; content below ``temporary`` is deleted at the start and makes no difference."""
+    kept: Dict[Any, Contents] = {}
     for state in states:
-        key = frozenset(state.items())
-        if key not in seen:
-            seen.add(key)
-            kept.append(state)
-    return kept
+        lasting = {k: v for k, v in state.items() if v is None or not k.startswith("temporary/")}
+        kept[frozenset(lasting.items())] = state
+    return list(kept.values())
 
 
 def _rebuilt(world: World, state: Contents, index: int) -> Path:
