@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import io
 import json
-import pickle
 import re
 import zipfile
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ import numpy as np
 
 from device_agent.manifest import TensorSpec
 from edgekit.artifact import file_digest
-from edgekit.errors import BadInput
+from edgekit.errors import BadInput, EdgekitError
 from edgekit.models import Model, model_name
 from edgekit.models.signature import outputs_of, plain_examples
 from edgekit.tensors import protocol_dtype
@@ -31,10 +30,15 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-_COMPILED = re.compile(r"(^|/)data/(aotinductor|executorch)/")
-_PAYLOADS = re.compile(r"(^|/)data/(weights|constants)/[^/]+_config\.json$")
-_PROGRAM = re.compile(r"(^|/)models/[^/]+\.json$")
-_TORCH_FILE = re.compile(r"\.pt$")
+# What an archive may hold, below its one top directory. Anything else is refused: compiled code, opaque
+# objects, and names that torch's reader of archives might take for others.
+_PROGRAM = re.compile(r"models/[^/]+\.json")
+_PAYLOADS = re.compile(r"data/(weights/[^/]+_weights|constants/[^/]+_constants)_config\.json")
+_SAMPLE_INPUTS = re.compile(r"data/sample_inputs/[^/]+\.pt")
+_PLAIN = re.compile(
+    r"archive_format|archive_version|byteorder|version|\.data/[^/]+|extra/.+"
+    r"|data/weights/weight_\d+|data/constants/tensor_\d+"
+)
 _PLAIN_PAYLOAD = re.compile(r"(weight|tensor)_\d+")
 # What a symbolic size may consist of: names, numbers, operators, calls of sympy's classes.
 _ARITHMETIC = (
@@ -99,30 +103,41 @@ def _read(path: Path) -> ExportedProgram:
 
 
 def _screen(path: Path) -> None:
+    """Raise BadInput unless reading the archive executes nothing."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if not any(_PROGRAM.search(name) for name in names):
+            members = _members(path, archive.namelist())
+            if not any(_PROGRAM.fullmatch(member) for member in members):
                 raise _damaged(path, "it holds no program; archives from before torch 2.8 are not read")
-            for name in names:
-                _screen_entry(path, archive, name)
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
-        raise _damaged(path, str(error)) from error
+            for member, name in members.items():
+                _screen_member(path, member, archive, name)
+    except EdgekitError:
+        raise
+    except Exception as error:  # zipfile, zlib and json raise a dozen types for a damaged archive
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
-def _screen_entry(path: Path, archive: zipfile.ZipFile, name: str) -> None:
-    if _COMPILED.search(name):
-        raise _refused(path, f"'{name}' is compiled code")
-    if _TORCH_FILE.search(name):
+def _members(path: Path, names: list[str]) -> dict[str, str]:
+    """Names below the one top directory, with the names as they stand in the archive."""
+    members = {name.partition("/")[2]: name for name in names}
+    if len({name.partition("/")[0] for name in names}) > 1 or len(members) != len(names):
+        raise _refused(path, "it has more than one top directory, or one name twice")
+    return members
+
+
+def _screen_member(path: Path, member: str, archive: zipfile.ZipFile, name: str) -> None:
+    if _SAMPLE_INPUTS.fullmatch(member):
         _screen_pickle(path, name, archive.read(name))
-    elif _PAYLOADS.search(name):
+    elif _PAYLOADS.fullmatch(member):
         for key, payload in json.loads(archive.read(name))["config"].items():
             if payload["use_pickle"] or not _PLAIN_PAYLOAD.fullmatch(payload["path_name"]):
                 raise _refused(path, f"'{key}' is stored as a pickle")
-    elif _PROGRAM.search(name):
+    elif _PROGRAM.fullmatch(member):
         for expression in _expressions(json.loads(archive.read(name))):
             if not is_arithmetic(expression):
                 raise _refused(path, f"a size is not arithmetic: {expression[:60]!r}")
+    elif not _PLAIN.fullmatch(member):
+        raise _refused(path, f"'{name}' is no part of a program of tensors")
 
 
 def _screen_pickle(path: Path, name: str, content: bytes) -> None:
@@ -132,7 +147,7 @@ def _screen_pickle(path: Path, name: str, content: bytes) -> None:
         return
     try:
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # whatever it is: torch would go on to unpickle it without restraint
         raise _refused(path, f"'{name}' is a pickle that would execute code, or it is damaged") from error
 
 

@@ -488,6 +488,11 @@ def test_archives_that_would_execute_code_are_refused(tmp_path: Path) -> None:
             "data/constants/opaque_obj_0": pickle.dumps(Harmful(harm)),
         },
         "legacy weights": {"data/weights/model.pt": buffer.getvalue()},
+        "pickle under another model's name": {
+            "models/a/b.json": program.encode(),
+            "data/constants/a/b_constants_config.json": json.dumps(opaque).encode(),
+        },
+        "pickle in capitals": {"DATA/sample_inputs/model.pt": buffer.getvalue()},
         "compiled": {"data/aotinductor/model/model.so": b"\x7fELF"},
         "size": {"models/model.json": _with_expression(program, attack).encode()},
     }
