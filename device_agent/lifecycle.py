@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from device_agent import archive, journal
+from device_agent import archive, startup
 from device_agent import manifest as manifest_module
 from device_agent.errors import AgentError, BadInput, Refused
 from device_agent.journal import Operation
@@ -166,11 +166,7 @@ class Lifecycle:
         A model that cannot be brought up at all is logged and left out: the others serve.
         """
         with self._turn():
-            for name in self._store.names():
-                try:
-                    self._restore(name)
-                except AgentError as error:
-                    _log.error("%s is not served: %s: %s", name, error.what, error.why)
+            startup.restore(self._store, self._load)
 
     def status(self) -> List[Dict[str, Any]]:
         """Describe every model: versions on disk, what serves, and the last operation with its failure."""
@@ -223,11 +219,12 @@ class Lifecycle:
                 self._write_back(name, before)
             raise
         swap.finish()
-        self._collect(name)
+        self._tidy(name, operation.digest)
 
-    def _collect(self, name: str) -> None:
+    def _tidy(self, name: str, digest: str) -> None:
         """Free the space of old versions; a failure here takes nothing from what was committed."""
         try:
+            self._store.set_starts(name, digest, 0)
             self._store.collect(name)
         except Refused as error:
             _log.error("old versions of %s could not be removed: %s", name, error.why)
@@ -238,38 +235,6 @@ class Lifecycle:
                 self._store.set_state(name, before)
         except Refused as error:
             _log.error("the state of %s could not be written back: %s", name, error.why)
-
-    def _restore(self, name: str) -> None:
-        unfinished = journal.interrupted(self._store, name)
-        state = self._store.state(name)
-        if unfinished is not None and unfinished.digest != state.active:
-            unfinished.fail(
-                Refused("the operation was interrupted", "the agent or the device stopped", "run it again")
-            )
-        if state.active is None:
-            return
-        mine = unfinished if unfinished is not None and unfinished.digest == state.active else None
-        try:
-            self._load(name, state.active)
-        except AgentError as error:
-            _log.error("%s: %s does not come up: %s: %s", name, state.active[:12], error.what, error.why)
-            if state.fallback is None:
-                raise
-            self._fall_back(name, state, state.fallback)
-            if mine is not None:
-                mine.fail(error)
-            return
-        if mine is not None:
-            self._store.set_state(name, state.with_commit())
-            mine.enter(mine.goal)
-            self._collect(name)
-
-    def _fall_back(self, name: str, state: ModelState, fallback: str) -> None:
-        """Serve the fallback; an active version that has never proven itself is given up for good."""
-        self._load(name, fallback)
-        _log.warning("%s: the fallback %s serves", name, fallback[:12])
-        if state.active not in state.committed:
-            self._store.set_state(name, state.given_up())
 
     def _load(self, name: str, digest: str) -> None:
         manifest, _ = self._check(name, digest)

@@ -38,6 +38,7 @@ DTYPES = (
     "FP16", "FP32", "FP64", "BF16", "BYTES",
 )  # fmt: skip
 PRECISIONS = ("fp32", "fp16", "int8")
+QUANTILES = (None, "p50", "p95", "p99")
 RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -428,6 +429,8 @@ def _conditions(m: Manifest) -> List[Tuple[bool, str]]:
         (m.precision in PRECISIONS, f"precision {m.precision!r} is unknown"),
         (all(e.runtime in RUNTIMES for e in engines), "an engine is for an unknown runtime"),
         (all(e.precision in PRECISIONS for e in engines), "an engine has an unknown precision"),
+        (all(type(v) is str for e in engines for v in e.fingerprint.values()), "a fingerprint holds no text"),
+        (m.contract.latency_quantile in QUANTILES, "the contract has an unknown latency_quantile"),
         (set(tolerances) == {t.name for t in m.outputs}, "the tolerances do not match the outputs"),
         (all(t.absolute >= 0 and t.relative >= 0 for t in tolerances.values()), "a tolerance is negative"),
     ]

@@ -4,7 +4,8 @@
     STATE_DIR/temporary/                        meaningless after a crash; emptied when the store is opened
     STATE_DIR/models/NAME/versions/DIGEST/      an unpacked bundle, published whole
     STATE_DIR/models/NAME/state.json            which version is active, which is the fallback
-    STATE_DIR/models/NAME/journal.json          the last operation on this model (see lifecycle)
+    STATE_DIR/models/NAME/journal.json          the last operation on this model (see journal)
+    STATE_DIR/models/NAME/starts.json           starts that did not come to an end (see startup)
 
 ``state.json`` is replaced atomically, and it is the only file that decides what a device serves.
 """
@@ -61,7 +62,8 @@ class Store:
     """The store below ``state_dir``, opened for writing by this process alone.
 
     Raises:
-        Refused: another process has it open, or the disk cannot be written.
+        Refused: another process has it open, or there is no store and none can be made. A store on a disk
+            that cannot be written any more opens, so that what is installed is still served.
     """
 
     def __init__(self, state_dir: Path) -> None:
@@ -71,10 +73,20 @@ class Store:
             if not state_dir.is_dir():
                 durable.make_directory(state_dir)
             self._lock = _lock(state_dir / "lock")
-            durable.make_directory(state_dir / "models")
-            durable.make_directory(self._temporary)
-            for leftover in self._temporary.iterdir():
-                durable.empty(leftover)
+        try:
+            with disk_errors(f"the store {state_dir} cannot be prepared"):
+                self._prepare()
+        except Refused as error:
+            if not (state_dir / "models").is_dir():
+                self.close()
+                raise
+            _log.error("what is installed can be served and nothing changed: %s: %s", error.what, error.why)
+
+    def _prepare(self) -> None:
+        durable.make_directory(self._root / "models")
+        durable.make_directory(self._temporary)
+        for leftover in self._temporary.iterdir():
+            durable.empty(leftover)
 
     def __enter__(self) -> Store:
         return self
@@ -166,6 +178,12 @@ class Store:
         """The last operation on a model, as lifecycle wrote it."""
         return self._read_json(name, "journal.json")
 
+    def starts(self, name: str, digest: str) -> int:
+        """How many starts in a row with this version did not come to an end (see startup)."""
+        raw = self._read_json(name, "starts.json") or {}
+        count = raw.get("count")
+        return count if raw.get("digest") == digest and type(count) is int else 0
+
     # Writing
 
     def add(self, bundle: Path, head: archive.Head) -> bool:
@@ -219,6 +237,15 @@ class Store:
             Refused: the disk failed.
         """
         self._write_json(name, "journal.json", entry)
+
+    def set_starts(self, name: str, digest: str, count: int) -> None:
+        """Count the starts with a version that did not come to an end.
+
+        Raises:
+            Refused: the disk failed.
+        """
+        if count != self.starts(name, digest):
+            self._write_json(name, "starts.json", {"digest": digest, "count": count})
 
     def remove(self, name: str, digest: str) -> None:
         """Remove a version that is not active.
@@ -322,7 +349,7 @@ def _is_whole(directory: Path, head: archive.Head) -> bool:
 
 
 def _lock(path: Path) -> int:
-    descriptor = os.open(str(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(str(path), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -6,7 +6,6 @@ The signature format is OpenSSF Model Signing (see ``device_agent.signature``); 
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,19 +116,14 @@ def _load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:
-    """Write a file that must not exist; it is never there with less content or more permissions."""
+    """Write a file that must not exist; it never has more permissions than ``mode``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(temporary, mode)
-            os.link(temporary, path)
-        finally:
-            os.unlink(temporary)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
     except OSError as error:
         raise BadInput(
             f"the key {path} cannot be written", str(error.strerror), "choose another place"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import numpy as np
 import pytest
 
 from agent_testing import linear, linear_bundle, write_bundle
+from crash_disk import on_primitive
+from device_agent import startup
 from device_agent.config import Config
 from device_agent.errors import AgentError, BadInput, Refused, TrustError
 from device_agent.journal import STATES
@@ -233,6 +236,68 @@ def test_a_model_that_cannot_come_up_does_not_hinder_the_others(device: Device) 
     device.restart()
     assert device.serving is None
     assert device.models.get("other") is not None
+
+
+def test_whatever_an_engine_raises_the_fallback_serves(device: Device) -> None:
+    """An exception that nobody foresaw costs the version, not the start."""
+    old, new = device.install(1), device.install(2)
+    prepare = FakeModels.prepare
+
+    def explode(models: FakeModels, directory: Path, manifest: Any, digest: str) -> Any:
+        if digest == new:
+            raise MemoryError
+        return prepare(models, directory, manifest, digest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeModels, "prepare", explode)
+        device.restart()
+    assert (device.serving, device.store.active("demo")) == (old, new)
+
+
+class ProcessEnd(BaseException):
+    """The process ends here, as a crash in native code would end it."""
+
+
+def test_a_version_that_ends_the_process_is_passed_over(device: Device) -> None:
+    """After three starts that did not end, the fallback serves; then the version is tried again."""
+    old, new = device.install(1), device.install(2)
+    prepare = FakeModels.prepare
+
+    def crash(models: FakeModels, directory: Path, manifest: Any, digest: str) -> Any:
+        if digest == new:
+            raise ProcessEnd
+        return prepare(models, directory, manifest, digest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeModels, "prepare", crash)
+        for _ in range(startup.MAX_STARTS):
+            with pytest.raises(ProcessEnd):
+                device.restart()
+        device.restart()
+        assert (device.serving, device.store.active("demo")) == (old, new)
+        with pytest.raises(ProcessEnd):
+            device.restart()
+    device.restart()
+    assert device.serving == new
+    assert device.store.starts("demo", new) == 0
+
+
+def test_a_disk_that_cannot_be_written_still_serves(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a remount read-only the device comes up with what it has, and refuses updates."""
+    only = device.install(1)
+    device.bundle(2)
+
+    def fail(name: str, arguments: Sequence[Any], call: Callable[[], Any]) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        on_primitive(patch, fail)
+        device.restart()
+        assert device.serving == only
+        with pytest.raises(Refused, match="Read-only"):
+            device.lifecycle.install(device.root / "2")
+        assert device.serving == only
+    assert device.lifecycle.install(device.root / "2").state == "committed"
 
 
 def test_a_withdrawn_key_counts_at_the_next_start(device: Device) -> None:

@@ -102,6 +102,21 @@ def _delete(key: str) -> Callable[[Dict[str, Any]], None]:
         (_set("golden.tolerances", {}), "tolerances do not match"),
         (_set("golden.tolerances.y.absolute", -1.0), "tolerance is negative"),
         (_set("contract", []), "not an object"),
+        (_set("contract.latency_quantile", "p90"), "latency_quantile"),
+        (
+            _set(
+                "engines",
+                [
+                    {
+                        "runtime": "tensorrt",
+                        "path": "model.onnx",
+                        "precision": "fp16",
+                        "fingerprint": {"sm": 7},
+                    }
+                ],
+            ),
+            "fingerprint",
+        ),
         (_set("files", {}), "not a list"),
     ],
 )

@@ -161,6 +161,13 @@ def test_one_process_writes(tmp_path: Path) -> None:
     assert subprocess.run(command).returncode == 0
 
 
+def test_a_store_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    """A state directory that cannot exist is an error, not an agent without a store."""
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(Refused, match="cannot be opened"):
+        Store(tmp_path / "file" / "state")
+
+
 def test_leftovers_are_cleaned_when_the_store_is_opened(tmp_path: Path) -> None:
     """What an interrupted copy left is gone after the next start."""
     leftover = tmp_path / "state" / "temporary" / "half"
