@@ -7,7 +7,10 @@ but the observers.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,15 +63,15 @@ def calibrate(
     kind = observer_kind(observer, percentile=percentile)
     prepared = prepare(model)
     expected = signature(prepared)
-    probe = _Probe(prepared, kind.make, needs_values=kind.needs_values, threads=threads)
     done = 0
-    for position, sample in enumerate(samples):
-        check(sample, expected, position)
-        for row in rows(sample, expected):
-            probe.run(row, position)
-            done += 1
-        if progress is not None:
-            progress(done)
+    with _Probe(prepared, kind.make, needs_values=kind.needs_values, threads=threads) as probe:
+        for position, sample in enumerate(samples):
+            check(sample, expected, position)
+            for row in rows(sample, expected):
+                probe.run(row, position)
+                done += 1
+            if progress is not None:
+                progress(done)
     if done == 0:
         raise CalibrationError(
             "there are no calibration samples",
@@ -109,8 +112,15 @@ class _Probe:
         ]
         self._shapes = {name: editor.shape(name) for name in self.macs.tensors}
         self._threads = threads
+        self._pool = ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 8))
         self._session = open_session(editor.model, threads)
         self._wanted = [name for fetch in self._fetches for name in fetch.names] + list(self._shapes.values())
+
+    def __enter__(self) -> _Probe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
 
     def run(self, row: Mapping[str, Array], position: int) -> None:
         """Show one row to the observers."""
@@ -123,8 +133,12 @@ class _Probe:
                 "try the float model on that sample alone",
             ) from error
         sizes = {name: tuple(fetched[output].tolist()) for name, output in self._shapes.items()}
-        for fetch in self._fetches:
-            self._show(fetch, [fetched[name] for name in fetch.names], row, position)
+        shown = (
+            self._pool.submit(self._show, fetch, [fetched[name] for name in fetch.names], row, position)
+            for fetch in self._fetches
+        )
+        for result in list(shown):
+            result.result()
         self.macs.add(sizes)
 
     def _show(self, fetch: _Fetch, found: list[Array], row: Mapping[str, Array], position: int) -> None:
@@ -134,14 +148,13 @@ class _Probe:
                 raise _not_finite(fetch.tensor, position)
             observer.update(found[0].astype(np.float32, copy=False))
             return
-        lo, hi, total, elements = (float(value) for value in found)
-        if elements == 0:
+        if found[0] == 0:
             return
-        if not np.isfinite((lo, hi, total)).all() and fetch.critical:
+        if fetch.critical and not all(math.isfinite(value) for value in found):
             self._check_values(fetch.tensor, row, position)
-        if isinstance(observer, MinMax):
-            lo, hi = (float(np.nan_to_num(v, posinf=_FLOAT_MAX, neginf=-_FLOAT_MAX)) for v in (lo, hi))
-            observer.merge(lo, hi, int(elements))
+        if isinstance(observer, MinMax) and not math.isnan(found[1]) and not math.isnan(found[2]):
+            lo, hi = (min(max(float(value), -_FLOAT_MAX), _FLOAT_MAX) for value in found[1:3])
+            observer.merge(lo, hi, int(found[0]))
 
     def _check_values(self, tensor: str, row: Mapping[str, Array], position: int) -> None:
         """Look at the tensor itself: a sum can overflow where every value is finite."""
@@ -176,8 +189,8 @@ class _Editor:
         return _Fetch(tensor, True, (tensor,))
 
     def extremes(self, tensor: str, critical: frozenset[str]) -> _Fetch:
-        """Return its smallest and largest value, its sum (NaN and infinity show there) and its size."""
-        kinds = ("ReduceMin", "ReduceMax", "ReduceSum", "Size")
+        """Return its size, its smallest and largest value and, where it matters, its sum: NaN shows there."""
+        kinds = ["Size", "ReduceMin", "ReduceMax"] + ["ReduceSum"] * (tensor in critical)
         return _Fetch(tensor, tensor in critical, tuple(self._reduce(kind, tensor) for kind in kinds))
 
     def shape(self, tensor: str) -> str:
