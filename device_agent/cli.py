@@ -70,14 +70,16 @@ def _set_up_logging(options: argparse.Namespace) -> None:
     """The agent logs; a command prints its result, or an error of three lines."""
     # cryptography says so at every start on JetPack 5, where no newer Python is to be had.
     warnings.filterwarnings("ignore", message="Python 3.8 is no longer supported")
-    if options.run is _serve or options.debug:
-        import logging
+    import logging
 
+    if options.run is _serve or options.debug:
         logging.basicConfig(
             level=logging.DEBUG if options.debug else logging.INFO,
             format="%(levelname)s %(name)s: %(message)s",
             stream=sys.stderr,
         )
+    else:
+        logging.getLogger("device_agent").addHandler(logging.NullHandler())
 
 
 # Commands

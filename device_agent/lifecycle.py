@@ -110,6 +110,8 @@ class Lifecycle:
                 operation.enter("received")
                 signer = self._admit(head)
                 operation.fresh = not self._store.has(operation.name, operation.digest)
+                if operation.fresh:
+                    self._store.require_space(head)  # before the journal takes the last bytes
                 operation.enter("verified")
                 self._store.add(bundle, head)
                 operation.enter("staged")

@@ -209,7 +209,7 @@ class Store:
             _log.error("installed version %s is damaged; it is replaced", head.digest)
             with disk_errors("the damaged version cannot be removed"):
                 durable.remove(final, self._temporary)
-        self._require_space(head)
+        self.require_space(head)
         temporary = self._temporary / head.digest
         with disk_errors(f"the bundle {head.manifest.name!r} cannot be stored"):
             try:
@@ -221,6 +221,21 @@ class Store:
                 durable.empty(temporary)
                 raise
         return True
+
+    def require_space(self, head: archive.Head) -> None:
+        """Refuse before a byte is copied, rather than fill the disk.
+
+        Raises:
+            Refused: the bundle does not fit, with some room to spare for what the store itself writes.
+        """
+        needed = head.size_bytes + _BLOCK_BYTES * (len(head.manifest.files) + 4) + _RESERVE_BYTES
+        free = shutil.disk_usage(str(self._root)).free
+        if free < needed:
+            raise Refused(
+                f"there is no space for the bundle {head.manifest.name!r}",
+                f"it needs {needed} bytes, {free} are free in {self._root}",
+                "remove versions that are not needed with `edgekit-agent remove DIGEST`",
+            )
 
     def set_state(self, name: str, state: ModelState) -> None:
         """Replace ``state.json``.
@@ -296,17 +311,6 @@ class Store:
             durable.make_directory(final)
             if head.signature is not None:
                 durable.write(final / manifest.SIGNATURE_NAME, head.signature)
-
-    def _require_space(self, head: archive.Head) -> None:
-        """Refuse before a byte is copied, rather than fill the disk."""
-        needed = head.size_bytes + _BLOCK_BYTES * (len(head.manifest.files) + 4) + _RESERVE_BYTES
-        free = shutil.disk_usage(str(self._root)).free
-        if free < needed:
-            raise Refused(
-                f"there is no space for the bundle {head.manifest.name!r}",
-                f"it needs {needed} bytes, {free} are free in {self._root}",
-                "remove versions that are not needed with `edgekit-agent remove DIGEST`",
-            )
 
     def _read_json(self, name: str, file: str) -> Optional[Dict[str, Any]]:
         path = self._model(name) / file

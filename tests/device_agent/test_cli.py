@@ -95,12 +95,18 @@ def test_an_error_is_three_lines(
     assert what in printed.err.splitlines()[0]
 
 
-def test_exit_codes_of_refusals(tmp_path: Path, config: Path) -> None:
-    """2 for a bundle that is not trusted, 5 for one that fails its self-test."""
+def test_refusals_have_their_exit_codes(tmp_path: Path, config: Path) -> None:
+    """2 for a bundle that is not trusted, 5 for one that fails its self-test; progress, then three lines."""
     make_bundle(tmp_path / "unsigned")
-    assert cli.main(["install", str(tmp_path / "unsigned"), "--config", str(config)]) == 2
+    command = [sys.executable, "-m", "device_agent.cli", "install", "--config", str(config)]
+    untrusted = subprocess.run([*command, str(tmp_path / "unsigned")], stderr=subprocess.PIPE)
+    assert untrusted.returncode == 2
+    assert [line[:3] for line in untrusted.stderr.decode().splitlines()] == ["rec", "the", "it ", "sig"]
     signed_bundle(tmp_path / "no-model", make_key(tmp_path / "keys"))
-    assert cli.main(["install", str(tmp_path / "no-model"), "--config", str(config)]) == 5
+    refused = subprocess.run([*command, str(tmp_path / "no-model")], stderr=subprocess.PIPE)
+    assert refused.returncode == 5
+    assert refused.stderr.decode().split()[:3] == ["received", "verified", "staged"]
+    assert len(refused.stderr.splitlines()) == 6
 
 
 def test_bad_usage_is_exit_code_2(config: Path) -> None:
