@@ -64,7 +64,7 @@ def result_table(report: Report) -> Table:
     table.add_row("multiply-accumulates", f"{was.macs:,}", f"{now.macs:,}", _ratio(now.macs, was.macs))
     table.add_row("file, bytes", f"{was.size_bytes:,}", f"{now.size_bytes:,}", f"{now.size_ratio:.3f}")
     metric = f"{now.metric.name} on {now.metric.samples} held-out samples"
-    table.add_row(metric, f"{was.metric.value:.4f}", f"{now.metric.value:.4f}", f"{-now.metric_drop:+.4f}")
+    table.add_row(metric, f"{was.metric.value:.4f}", f"{now.metric.value:.4f}", f"{0 - now.metric_drop:+.4f}")
     for quantile in ("p50", "p95"):
         before, after = getattr(was.latency_ms, quantile), getattr(now.latency_ms, quantile)
         table.add_row(
