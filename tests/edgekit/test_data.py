@@ -71,8 +71,6 @@ def test_arrays_are_read_whole_in_an_order_that_the_seed_decides(tmp_path: Path)
     dataset = load_data(path, None, DIGIT)
     assert (dataset.count, dataset.has_labels) == (100, True)
     scanned = load_digits()
-    known = {(s.images / 16).astype(np.float32).tobytes(): s.target for s in [scanned]}
-    assert len(known) == 1
     labels = {
         image.tobytes(): int(label)
         for image, label in zip((scanned.images / 16).astype(np.float32), scanned.target, strict=True)
@@ -111,6 +109,28 @@ def test_batches_hold_every_sample_once(tmp_path: Path, size: int, taken: int) -
     assert [row.tobytes() for row in joined] == rows(dataset)
     labels = np.concatenate([batch.labels for batch in batches if batch.labels is not None])
     assert labels.tolist() == [sample.label for sample in dataset.samples()]
+
+
+@pytest.mark.parametrize("every", [2, 5, 7])
+def test_held_out_samples_are_in_one_part_only(tmp_path: Path, every: int) -> None:
+    """A split loses nothing, shares nothing, and both parts are data sets of their own."""
+    dataset = load_data(digits(tmp_path / "digits.npz"), None, DIGIT)
+    rest, held_out = dataset.split(every)
+    assert (rest.count, held_out.count) == (100 - 100 // every, 100 // every)
+    assert sorted(rows(rest) + rows(held_out)) == sorted(rows(dataset))
+    assert len({dataset.digest, rest.digest, held_out.digest}) == 3
+    assert rows(held_out) == rows(dataset.split(every)[1])
+
+
+def test_shuffling_is_decided_by_the_seed(tmp_path: Path) -> None:
+    """The same seed gives the same order of the same samples, another seed another one."""
+    dataset = load_data(digits(tmp_path / "digits.npz"), None, DIGIT)
+    samples = list(dataset.samples())
+    first, again, other = (dataset.shuffled(samples, seed) for seed in ((0, 1), (0, 1), (0, 2)))
+    assert rows(first) == rows(again)
+    assert rows(first) != rows(other)
+    assert sorted(rows(first)) == sorted(rows(dataset))
+    assert (first.count, first.digest == other.digest) == (100, False)
 
 
 def test_data_without_labels_and_without_a_signature(tmp_path: Path) -> None:
