@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Dict, Hashable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Hashable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -45,11 +45,21 @@ class ProtocolError(Exception):
 
 
 @dataclass(frozen=True)
+class SharedPart:
+    """A part of a registered shared memory region: its name, and a place in it in bytes."""
+
+    region: str
+    offset: int
+    byte_size: int
+
+
+@dataclass(frozen=True)
 class OutputWish:
-    """An output that the client wants, raw or as JSON."""
+    """An output that the client wants: raw, as JSON, or put into shared memory."""
 
     name: str
     binary: bool
+    shared: Optional[SharedPart] = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +98,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class _RawTensor:
-    """Where an input lies behind the JSON."""
+    """Where an input lies: behind the JSON, or in shared memory."""
 
     name: str
     datatype: str
     shape: Tuple[int, ...]
     start: int
     stop: int
+    shared: Optional[SharedPart] = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,14 @@ class _Plan:
     timeout_s: Optional[float]
 
 
+ViewShared = Callable[[str, int, int], memoryview]
+
+
+def no_shared_memory(region: str, offset: int, byte_size: int) -> memoryview:
+    """What a protocol without shared memory answers to every region."""
+    raise ProtocolError(400, f"shared memory region '{region}' is not registered")
+
+
 class ModelProtocol:
     """Requests and answers of one model version.
 
@@ -125,12 +144,24 @@ class ModelProtocol:
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
         max_batch_size: int,
+        view_shared: ViewShared = no_shared_memory,
     ) -> None:
+        """Describe a model.
+
+        Args:
+            name: what clients call it.
+            version: likewise.
+            inputs: its input tensors.
+            outputs: its output tensors.
+            max_batch_size: most rows in a request.
+            view_shared: gives the bytes of a part of a shared memory region, or raises ProtocolError.
+        """
         self.name = name
         self.version = version
         self.inputs = {spec.name: spec for spec in inputs}
         self.outputs = {spec.name: spec for spec in outputs}
         self.max_batch_size = max_batch_size
+        self._view_shared = view_shared
         self._plans: Dict[bytes, _Plan] = {}
         self._output_openings = {
             spec.name: f'{{"name":{json.dumps(spec.name)},"datatype":"{spec.dtype}","shape":['
@@ -168,8 +199,13 @@ class ModelProtocol:
             )
         inputs = dict(plan.arrays)
         for tensor in plan.raw:
-            inputs[tensor.name] = _decode_raw(tensor, tail)
+            inputs[tensor.name] = _decode_raw(tensor, self._raw_data(tensor, tail))
         return InferRequest(plan.id, inputs, plan.rows, plan.batch_key, plan.outputs, plan.timeout_s)
+
+    def _raw_data(self, tensor: _RawTensor, tail: memoryview) -> memoryview:
+        if tensor.shared is None:
+            return tail[tensor.start : tensor.stop]
+        return self._view_shared(tensor.shared.region, tensor.shared.offset, tensor.shared.byte_size)
 
     def _remember(self, head: bytes, plan: _Plan) -> None:
         if len(self._plans) >= _CACHED_PLANS:
@@ -187,11 +223,13 @@ class ModelProtocol:
         for item in self._input_objects(request):
             spec, shape = self._checked_input(item, shapes)
             shapes[spec.name] = shape
-            size = _binary_size(item, spec.name)
+            where = _object(item, "parameters", f"input '{spec.name}'")
+            shared = _shared_part(where, f"input '{spec.name}'")
+            size = 0 if shared else _binary_size(item, where, spec.name)
             if size is None:
                 arrays[spec.name] = _decode_data(spec, shape, item)
             else:
-                raw.append(_RawTensor(spec.name, spec.dtype, shape, position, position + size))
+                raw.append(_RawTensor(spec.name, spec.dtype, shape, position, position + size, shared))
                 position += size
         rows = self._rows(shapes)
         return _Plan(
@@ -261,13 +299,12 @@ class ModelProtocol:
                 400, f"model '{self.name}' has no output {name!r}; it has {sorted(self.outputs)}"
             )
         parameters = _object(item, "parameters", f"output '{name}'")
-        for key in ("classification", "shared_memory_region"):
-            if parameters.get(key):
-                raise ProtocolError(400, f"output '{name}': this server does not offer {key}")
+        if parameters.get("classification"):
+            raise ProtocolError(400, f"output '{name}': this server does not offer classification")
         binary = parameters.get("binary_data", binary_by_default)
         if not isinstance(binary, bool):
             raise ProtocolError(400, f"output '{name}': binary_data is not true or false")
-        return OutputWish(name, binary)
+        return OutputWish(name, binary, _shared_part(parameters, f"output '{name}'"))
 
     # Answers
 
@@ -281,7 +318,9 @@ class ModelProtocol:
         buffers: List[Buffer] = []
         for wish in request.outputs:
             array, datatype = outputs[wish.name], self.outputs[wish.name].dtype
-            if wish.binary:
+            if wish.shared is not None:
+                content = self._put_shared(wish.name, wish.shared, encode_binary(datatype, array))
+            elif wish.binary:
                 data = encode_binary(datatype, array)
                 buffers.append(data)
                 content = f'"parameters":{{"binary_data_size":{len(data)}}}'
@@ -292,6 +331,17 @@ class ModelProtocol:
         echo = "" if request.id is None else f'"id":{json.dumps(request.id)},'
         head = f'{self._opening}{echo}"outputs":[{",".join(entries)}]}}'.encode()
         return Answer([head, *buffers], len(head) if buffers else None)
+
+    def _put_shared(self, name: str, part: SharedPart, data: Buffer) -> str:
+        if len(data) > part.byte_size:
+            raise ProtocolError(
+                400, f"output '{name}' has {len(data)} bytes, its shared memory {part.byte_size}"
+            )
+        self._view_shared(part.region, part.offset, len(data))[:] = data
+        return (
+            f'"parameters":{{"shared_memory_region":{json.dumps(part.region)},'
+            f'"shared_memory_offset":{part.offset},"shared_memory_byte_size":{len(data)}}}'
+        )
 
 
 # Parts of a request
@@ -352,10 +402,18 @@ def _matches(shape: Sequence[int], expected: Sequence[int]) -> bool:
     return len(shape) == len(expected) and all(want in (-1, got) for got, want in zip(shape, expected))
 
 
-def _binary_size(item: Mapping[str, Any], name: str) -> Optional[int]:
-    parameters = _object(item, "parameters", f"input '{name}'")
-    if parameters.get("shared_memory_region"):
-        raise ProtocolError(400, f"input '{name}': this server does not offer shared memory")
+def _shared_part(parameters: Mapping[str, Any], where: str) -> Optional[SharedPart]:
+    region = parameters.get("shared_memory_region")
+    if region is None:
+        return None
+    offset = parameters.get("shared_memory_offset", 0)
+    size = parameters.get("shared_memory_byte_size", -1)
+    if not isinstance(region, str) or any(type(n) is not int or n < 0 for n in (offset, size)):
+        raise ProtocolError(400, f"{where}: its place in shared memory is not a region, an offset and a size")
+    return SharedPart(region, offset, size)
+
+
+def _binary_size(item: Mapping[str, Any], parameters: Mapping[str, Any], name: str) -> Optional[int]:
     size = parameters.get("binary_data_size")
     if size is None:
         return None
@@ -366,9 +424,9 @@ def _binary_size(item: Mapping[str, Any], name: str) -> Optional[int]:
     return size
 
 
-def _decode_raw(tensor: _RawTensor, tail: memoryview) -> np.ndarray[Any, Any]:
+def _decode_raw(tensor: _RawTensor, data: memoryview) -> np.ndarray[Any, Any]:
     try:
-        return decode_binary(tensor.datatype, tensor.shape, tail[tensor.start : tensor.stop])
+        return decode_binary(tensor.datatype, tensor.shape, data)
     except TensorError as error:
         raise ProtocolError(400, f"input '{tensor.name}' {error}") from error
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple
-from urllib.parse import unquote
+from typing import Any, Callable, Dict, Optional, Tuple
 
 from device_agent import __version__
 from device_agent.batching.batcher import DeadlineExceeded, Job, QueueFull
@@ -20,6 +18,7 @@ from device_agent.models import LoadedModel, Models
 from device_agent.server.connection import BINARY, JSON, Connection, Request
 from device_agent.server.content import compress, decompress
 from device_agent.server.documents import model_config, model_metadata, model_statistics
+from device_agent.server.paths import Route, parse_path
 from device_agent.server.protocol import (
     InferRequest,
     ModelProtocol,
@@ -27,63 +26,17 @@ from device_agent.server.protocol import (
     error_body,
     load_json,
 )
+from device_agent.server.shared_memory import Regions
 
-EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
+EXTENSIONS = [
+    "binary_tensor_data",
+    "model_configuration",
+    "model_repository",
+    "statistics",
+    "system_shared_memory",
+]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Route:
-    """A parsed path.
-
-    Attributes:
-        kind: which handler.
-        model, version: from the path; None: not in it.
-    """
-
-    kind: str
-    model: Optional[str] = None
-    version: Optional[str] = None
-
-
-_FIXED = {
-    "v2": "server_metadata",
-    "v2/health/live": "live",
-    "v2/health/ready": "ready",
-    "v2/models/stats": "all_statistics",
-    "v2/repository/index": "index",
-}
-_OF_MODEL = {
-    "": "metadata",
-    "ready": "model_ready",
-    "config": "config",
-    "stats": "statistics",
-    "infer": "infer",
-}
-_METHODS = {"infer": "POST", "index": "POST", "load": "POST", "unload": "POST"}  # all others: GET
-
-
-def parse_path(target: bytes) -> Optional[_Route]:
-    """Find the route of a request target; None: there is none."""
-    path = unquote(target.decode("latin-1").partition("?")[0]).strip("/")
-    if path in _FIXED:
-        return _Route(_FIXED[path])
-    parts = path.split("/")
-    if parts[:2] == ["v2", "models"] and len(parts) >= 3:
-        return _model_route(parts[2], parts[3:])
-    if parts[:3] == ["v2", "repository", "models"] and len(parts) == 5 and parts[4] in ("load", "unload"):
-        return _Route(parts[4], parts[3])
-    return None
-
-
-def _model_route(model: str, rest: List[str]) -> Optional[_Route]:
-    version: Optional[str] = None
-    if len(rest) >= 2 and rest[0] == "versions":
-        version, rest = rest[1], rest[2:]
-    if len(rest) > 1 or (rest and rest[0] not in _OF_MODEL):
-        return None
-    return _Route(_OF_MODEL[rest[0] if rest else ""], model, version)
 
 
 class InferenceRoutes:
@@ -98,11 +51,12 @@ class InferenceRoutes:
         self._models = models
         self._metrics = metrics
         self._config = config
-        self._routes: Dict[bytes, _Route] = {}
+        self._regions = Regions()
+        self._routes: Dict[bytes, Route] = {}
         self._unloaded: Dict[str, LoadedModel] = {}  # by a client; what it may load again
         self._protocols: Dict[str, Tuple[LoadedModel, ModelProtocol]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._handlers: Dict[str, Callable[[Request, Connection, _Route], None]] = {
+        self._handlers: Dict[str, Callable[[Request, Connection, Route], None]] = {
             "infer": self._infer,
             "server_metadata": self._server_metadata,
             "live": lambda request, connection, route: connection.respond(200, []),
@@ -115,6 +69,12 @@ class InferenceRoutes:
             "index": self._index,
             "load": self._load,
             "unload": self._unload,
+            "region_status": self._region_status,
+            "region_register": self._region_register,
+            "region_unregister": self._region_unregister,
+            "cuda_status": lambda request, connection, route: _respond_json(connection, []),
+            "cuda_register": self._cuda_register,
+            "cuda_unregister": lambda request, connection, route: connection.respond(200, []),
         }
 
     def __call__(self, request: Request, connection: Connection) -> None:
@@ -125,7 +85,7 @@ class InferenceRoutes:
         except ProtocolError as error:
             _respond_error(connection, error)
 
-    def _route(self, request: Request) -> _Route:
+    def _route(self, request: Request) -> Route:
         route = self._routes.get(request.target)
         if route is None:
             route = parse_path(request.target)
@@ -133,13 +93,12 @@ class InferenceRoutes:
                 raise ProtocolError(404, f"there is nothing at {request.target.decode('latin-1')!r}")
             if len(self._routes) < 256:
                 self._routes[request.target] = route
-        method = _METHODS.get(route.kind, "GET")
-        if request.method != method:
-            raise ProtocolError(405, f"use {method} here, not {request.method}")
+        if request.method != route.method:
+            raise ProtocolError(405, f"use {route.method} here, not {request.method}")
         return route
 
-    def _loaded(self, route: _Route) -> Tuple[LoadedModel, ModelProtocol]:
-        name = route.model or ""
+    def _loaded(self, route: Route) -> Tuple[LoadedModel, ModelProtocol]:
+        name = route.name or ""
         loaded = self._models.get(name)
         if loaded is None:
             raise ProtocolError(404, f"model '{name}' is not found")
@@ -149,12 +108,12 @@ class InferenceRoutes:
             )
         known = self._protocols.get(name)
         if known is None or known[0] is not loaded:
-            known = self._protocols[name] = (loaded, _protocol_of(loaded))
+            known = self._protocols[name] = (loaded, _protocol_of(loaded, self._regions))
         return known
 
     # Inference
 
-    def _infer(self, request: Request, connection: Connection, route: _Route) -> None:
+    def _infer(self, request: Request, connection: Connection, route: Route) -> None:
         loaded, protocol = self._loaded(route)
         headers = request.headers
         body = decompress(request.body, headers.get(b"content-encoding"), self._config.limits.max_body_bytes)
@@ -171,10 +130,10 @@ class InferenceRoutes:
 
     # Documents
 
-    def _server_metadata(self, request: Request, connection: Connection, route: _Route) -> None:
+    def _server_metadata(self, request: Request, connection: Connection, route: Route) -> None:
         _respond_json(connection, {"name": "edgekit-agent", "version": __version__, "extensions": EXTENSIONS})
 
-    def _model_ready(self, request: Request, connection: Connection, route: _Route) -> None:
+    def _model_ready(self, request: Request, connection: Connection, route: Route) -> None:
         try:
             self._loaded(route)
         except ProtocolError:
@@ -182,20 +141,20 @@ class InferenceRoutes:
         else:
             connection.respond(200, [])
 
-    def _metadata(self, request: Request, connection: Connection, route: _Route) -> None:
+    def _metadata(self, request: Request, connection: Connection, route: Route) -> None:
         loaded, protocol = self._loaded(route)
         _respond_json(connection, model_metadata(protocol, loaded.engine.runtime))
 
-    def _model_config(self, request: Request, connection: Connection, route: _Route) -> None:
+    def _model_config(self, request: Request, connection: Connection, route: Route) -> None:
         loaded, protocol = self._loaded(route)
         delay_us = self._config.batching.max_queue_delay_us
         _respond_json(connection, model_config(protocol, loaded.engine.runtime, loaded.batchable, delay_us))
 
-    def _statistics(self, request: Request, connection: Connection, route: _Route) -> None:
+    def _statistics(self, request: Request, connection: Connection, route: Route) -> None:
         loaded, _ = self._loaded(route)
         _respond_json(connection, {"model_stats": [self._statistics_of(loaded)]})
 
-    def _all_statistics(self, request: Request, connection: Connection, route: _Route) -> None:
+    def _all_statistics(self, request: Request, connection: Connection, route: Route) -> None:
         stats = [self._statistics_of(loaded) for loaded in self._models.serving()]
         _respond_json(connection, {"model_stats": stats})
 
@@ -205,7 +164,7 @@ class InferenceRoutes:
 
     # The repository extension
 
-    def _index(self, request: Request, connection: Connection, route: _Route) -> None:
+    def _index(self, request: Request, connection: Connection, route: Route) -> None:
         wanted = load_json(bytes(request.body), "the request") if request.body else {}
         entries = [_index_entry(loaded, "READY", "") for loaded in self._models.serving()]
         if not wanted.get("ready"):
@@ -213,8 +172,8 @@ class InferenceRoutes:
             entries += [_index_entry(model, "UNAVAILABLE", "unloaded") for model in unloaded]
         _respond_json(connection, entries)
 
-    def _load(self, request: Request, connection: Connection, route: _Route) -> None:
-        name = route.model or ""
+    def _load(self, request: Request, connection: Connection, route: Route) -> None:
+        name = route.name or ""
         if self._models.get(name) is not None:
             connection.respond(200, [])
         elif name in self._unloaded:
@@ -237,13 +196,32 @@ class InferenceRoutes:
         if replaced is not None:
             await self._models.retire(replaced)
 
-    def _unload(self, request: Request, connection: Connection, route: _Route) -> None:
-        loaded = self._models.unload(route.model or "")
-        self._protocols.pop(route.model or "", None)
+    def _unload(self, request: Request, connection: Connection, route: Route) -> None:
+        loaded = self._models.unload(route.name or "")
+        self._protocols.pop(route.name or "", None)
         connection.respond(200, [])
         if loaded is not None:
             self._unloaded[loaded.manifest.name] = loaded
             self._spawn(self._models.retire(loaded))
+
+    # The shared memory extension
+
+    def _region_status(self, request: Request, connection: Connection, route: Route) -> None:
+        _respond_json(connection, self._regions.status(route.name))
+
+    def _region_register(self, request: Request, connection: Connection, route: Route) -> None:
+        wanted = load_json(bytes(request.body), "the request")
+        self._regions.register(
+            route.name or "", wanted.get("key"), wanted.get("offset", 0), wanted.get("byte_size")
+        )
+        connection.respond(200, [])
+
+    def _region_unregister(self, request: Request, connection: Connection, route: Route) -> None:
+        self._regions.unregister(route.name)
+        connection.respond(200, [])
+
+    def _cuda_register(self, request: Request, connection: Connection, route: Route) -> None:
+        raise ProtocolError(400, "this server has no CUDA device to share memory with")
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
@@ -298,10 +276,15 @@ def _json_bytes(value: Optional[bytes]) -> Optional[int]:
     return int(value)
 
 
-def _protocol_of(loaded: LoadedModel) -> ModelProtocol:
+def _protocol_of(loaded: LoadedModel, regions: Regions) -> ModelProtocol:
     manifest = loaded.manifest
     return ModelProtocol(
-        manifest.name, loaded.version, manifest.inputs, manifest.outputs, manifest.max_batch_size
+        manifest.name,
+        loaded.version,
+        manifest.inputs,
+        manifest.outputs,
+        manifest.max_batch_size,
+        regions.view,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import time
 import urllib.error
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import tritonclient.http
 import tritonclient.http.aio
+import tritonclient.utils.shared_memory as shm
 from onnx import helper
 from tritonclient.utils import InferenceServerException
 
@@ -239,6 +241,65 @@ def test_the_asynchronous_client_works_too(agent: AgentProcess) -> None:
             await asyncio.gather(*(one(client, float(i)) for i in range(40)))
 
     asyncio.run(main())
+
+
+# Shared memory
+
+
+@pytest.fixture
+def region() -> Iterator[Any]:
+    """A shared memory object of 4,096 bytes, made by Triton's own helper."""
+    handle = shm.create_shared_memory_region("frames", f"edgekit-test-{os.getpid()}", 4096)
+    yield handle
+    shm.destroy_shared_memory_region(handle)
+
+
+def test_tensors_may_pass_through_shared_memory(client: Any, region: Any) -> None:
+    """Inputs are read from, and outputs written to, a region of another process."""
+    client.unregister_system_shared_memory()
+    client.unregister_cuda_shared_memory()
+    client.register_system_shared_memory("frames", f"edgekit-test-{os.getpid()}", 4096)
+    status = client.get_system_shared_memory_status()
+    assert [(entry["name"], entry["byte_size"]) for entry in status] == [("frames", 4096)]
+    with pytest.raises(InferenceServerException, match="already"):
+        client.register_system_shared_memory("frames", "other", 4096)
+    for value in (1.0, -2.0):
+        x = np.full((2, 8), value, np.float32)
+        shm.set_shared_memory_region(region, [x], offset=64)
+        sent = tritonclient.http.InferInput("x", [2, 8], "FP32")
+        sent.set_shared_memory("frames", x.nbytes, offset=64)
+        wish = tritonclient.http.InferRequestedOutput("scores")
+        wish.set_shared_memory("frames", 32, offset=1024)
+        result = client.infer("model", [sent], outputs=[wish])
+        assert result.get_output("scores")["parameters"]["shared_memory_region"] == "frames"
+        got = shm.get_contents_as_numpy(region, np.float32, [2, 4], offset=1024)
+        np.testing.assert_array_equal(got, session_of(linear()).run(None, {"x": x})[0])
+    client.unregister_system_shared_memory("frames")
+    client.unregister_system_shared_memory("frames")
+    with pytest.raises(InferenceServerException, match="not registered"):
+        client.infer("model", [sent])
+
+
+def test_shared_memory_is_held_to_its_bounds(client: Any, region: Any) -> None:
+    """Nothing outside a region is read or written, and only shared memory objects can be registered."""
+    key = f"edgekit-test-{os.getpid()}"
+    for bad_key, size in ((key, 4097), ("none", 16), ("../../etc/passwd", 16), ("..", 16)):
+        with pytest.raises(InferenceServerException):
+            client.register_system_shared_memory("bad", bad_key, size)
+    client.register_system_shared_memory("part", key, 64, offset=32)
+    sent = tritonclient.http.InferInput("x", [2, 8], "FP32")
+    for size, offset in ((64, 4), (32, 0)):
+        sent.set_shared_memory("part", size, offset=offset)
+        with pytest.raises(InferenceServerException):
+            client.infer("model", [sent])
+    sent.set_data_from_numpy(np.ones((2, 8), np.float32))
+    wish = tritonclient.http.InferRequestedOutput("scores")
+    wish.set_shared_memory("part", 16)
+    with pytest.raises(InferenceServerException, match="32 bytes"):
+        client.infer("model", [sent], outputs=[wish])
+    client.unregister_system_shared_memory()
+    with pytest.raises(InferenceServerException, match="no CUDA"):
+        client.register_cuda_shared_memory("gpu", b"handle", 0, 16)
 
 
 # JSON by hand

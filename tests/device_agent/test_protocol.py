@@ -15,8 +15,8 @@ from device_agent import tensors
 from device_agent.manifest import TensorSpec
 from device_agent.server.content import compress, decompress
 from device_agent.server.documents import model_config, model_metadata
+from device_agent.server.paths import parse_path
 from device_agent.server.protocol import ModelProtocol, ProtocolError
-from device_agent.server.routes import parse_path
 from device_agent.tensors import NUMPY_DTYPES, object_array
 
 # Tensors
@@ -242,7 +242,8 @@ def test_outputs_are_those_asked_for(outputs: Any, parameters: Any, wishes: Any)
         (with_input(data=[1.0]), "has 1 elements"),
         (with_input(data=["a", "b"]), "type str"),
         (with_input(parameters={"binary_data_size": 8}), "both data and binary_data_size"),
-        (with_input(parameters={"shared_memory_region": "r"}), "shared memory"),
+        (with_input(parameters={"shared_memory_region": "r"}), "a size"),
+        (with_input(parameters={"shared_memory_region": "r", "shared_memory_byte_size": 8}), "'r' is not"),
     ],
 )
 def test_a_bad_request_is_told_what_is_wrong(request_: Any, message: str) -> None:
@@ -386,18 +387,29 @@ def test_metadata_shows_the_batch_axis_and_config_hides_it() -> None:
         (b"/v2/models/stats", "all_statistics", None, None),
         (b"/v2/models/m/stats", "statistics", "m", None),
         (b"/v2/repository/models/m/load", "load", "m", None),
+        (b"/v2/systemsharedmemory/region/r/register", "region_register", "r", None),
+        (b"/v2/systemsharedmemory/unregister", "region_unregister", None, None),
+        (b"/v2/cudasharedmemory/status", "cuda_status", None, None),
     ],
 )
 def test_paths_find_their_handler(target: bytes, kind: str, model: Any, version: Any) -> None:
     """Model and version come from the path, whatever follows a question mark."""
     route = parse_path(target)
     assert route is not None
-    assert (route.kind, route.model, route.version) == (kind, model, version)
+    assert (route.kind, route.name, route.version) == (kind, model, version)
 
 
 @pytest.mark.parametrize(
     "target",
-    [b"/", b"/v1", b"/v2/models", b"/v2/models/m/versions", b"/v2/models/m/x", b"/v2/models/m/infer/x"],
+    [
+        b"/",
+        b"/v1",
+        b"/v2/models",
+        b"/v2/models/m/versions",
+        b"/v2/models/m/x",
+        b"/v2/models/m/infer/x",
+        b"/v2/systemsharedmemory/register",
+    ],
 )
 def test_other_paths_are_nothing(target: bytes) -> None:
     """An unknown path has no handler."""
