@@ -62,7 +62,7 @@ class Store:
         self.root = root
 
     def get(self, key: str) -> Artifact | None:
-        """Return the artifact of ``key``, or None if it is absent or its files were damaged."""
+        """Return the artifact of ``key``, or None if it is absent, or its record or a file was damaged."""
         home = self._home(key)
         try:
             record = json.loads((home / "artifact.json").read_text())
@@ -74,7 +74,7 @@ class Store:
                 parents=tuple(record["parents"]),
                 metadata=record["metadata"],
             )
-            whole = tree_digest(artifact.path) == artifact.sha256
+            whole = record["seal"] == _seal(record) and tree_digest(artifact.path) == artifact.sha256
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return artifact if whole else None
@@ -109,7 +109,8 @@ class Store:
                     "parents": list(parents),
                     "metadata": metadata,
                 }
-                (home / "artifact.json").write_text(json.dumps(record, sort_keys=True, indent=2) + "\n")
+                sealed = {**record, "seal": _seal(record)}
+                (home / "artifact.json").write_text(json.dumps(sealed, sort_keys=True, indent=2) + "\n")
                 _sync_tree(home)
                 shutil.rmtree(self._home(key), ignore_errors=True)  # a damaged earlier copy
                 home.rename(self._home(key))
@@ -158,14 +159,23 @@ def disk_full_is_an_error(where: Path) -> Iterator[None]:
     """Turn "no space left" into an error with three lines; other errors pass through."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:  # libraries wrap it in errors of their own
+        if not disk_is_full(error):
             raise
         raise BadInput(
             f"the disk is full: {where}",
-            f"{error.strerror}; what was finished before is kept",
+            f"{os.strerror(errno.ENOSPC)}; what was finished before is kept",
             "free some space, or give other directories (--workdir, --out), then run the same command again",
         ) from error
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether "no space left" is the error, or what led to it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def tree_digest(directory: Path) -> str:
@@ -188,6 +198,12 @@ def file_digest(path: Path) -> str:
 def files_below(directory: Path) -> list[Path]:
     """Every regular file below ``directory``, sorted by its relative path."""
     return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    """Digest of a record, by which damage to it is noticed."""
+    unsealed = {name: value for name, value in record.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(unsealed, sort_keys=True).encode()).hexdigest()
 
 
 def _sync_tree(directory: Path) -> None:

@@ -53,7 +53,8 @@ def main() -> None:
 
 
 def _print_error(what: str, why: str, fix: str) -> None:
-    click.echo(f"error: {what}\n  why: {why}\n  fix: {fix}", err=True)
+    lines = (" ".join(text.split()) for text in (what, why, fix))  # a library's message may have several
+    click.echo("error: {}\n  why: {}\n  fix: {}".format(*lines), err=True)
 
 
 def _print_usage_error(error: click.ClickException) -> None:

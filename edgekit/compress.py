@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import preprocess, profile, release, search
-from edgekit.artifact import disk_full_is_an_error, open_store
+from edgekit.artifact import Store, disk_full_is_an_error, open_store
 from edgekit.bundle import Bundle
 from edgekit.data import Dataset, load_data
 from edgekit.errors import BadInput
@@ -99,11 +99,9 @@ def prepare(request: Request) -> Prepared:
 
 
 def dry_run(prepared: Prepared, workdir: Path) -> list[Planned]:
-    """Say which steps would run; touches nothing where there is no working directory yet."""
-    if not workdir.exists():
-        return [Planned(step.name, step.key, cached=False) for step in prepared.plan.steps]
-    with open_store(workdir) as store:
-        return [Planned(step.name, step.key, store.get(step.key) is not None) for step in prepared.plan.steps]
+    """Say which steps would run; touches nothing, and disturbs no run."""
+    store = Store(workdir)  # read without the lock: artifacts appear whole
+    return [Planned(step.name, step.key, store.get(step.key) is not None) for step in prepared.plan.steps]
 
 
 def compress(prepared: Prepared, workdir: Path, progress: Progress) -> Report:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import BadInput
+from edgekit.measure import accuracy
 from edgekit.profile import Profile
 from edgekit.recipe import Contract, Recipe
 from edgekit.stages.registry import STAGES, Sources, Stage, validate_config
@@ -92,7 +93,11 @@ def make_plan(sources: Sources, profile: Profile, recipe: Recipe, metric: str) -
         verified = builder.add(
             f"verify.{precision}",
             "verify",
-            {"measure": recipe.measure.model_dump(), "metric": metric},
+            {
+                "measure": recipe.measure.model_dump(),
+                "metric": metric,
+                "metric_source": accuracy.source(metric),
+            },
             {"original": reference, "candidate": engine},
         )
         candidates[precision] = (engine, verified)
@@ -135,7 +140,7 @@ class _Builder:
 
     def _key(self, stage: Stage, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
         ingredients = {
-            "code": code_digest(stage.module),
+            "code": code_digest(stage.module, *stage.loads),
             "config": config,
             "inputs": {role: self._made[name].key for role, name in inputs.items()},
             "sources": {name: getattr(self._sources, name).digest for name in stage.reads},
@@ -177,17 +182,17 @@ def _size(contract: Contract, sources: Sources) -> float:
 
 
 @cache
-def code_digest(module: str) -> str:
-    """SHA-256 over the source of a module and of every own module that it imports, transitively."""
+def code_digest(*modules: str) -> str:
+    """SHA-256 over the sources of some modules and of every own module that they import, transitively."""
     digest = hashlib.sha256()
-    for name, path in sorted(_closure(module).items()):
+    for name, path in sorted(_closure(modules).items()):
         digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
-def _closure(module: str) -> dict[str, Path]:
+def _closure(modules: tuple[str, ...]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    waiting = [module]
+    waiting = list(modules)
     while waiting:
         name = waiting.pop()
         path = _source(name)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
@@ -24,7 +25,7 @@ _LATENCY = re.compile(r"(p50|p95|p99):(\d+(?:\.\d+)?)ms")
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class LatencyBound(_Frozen):
@@ -112,7 +113,7 @@ class Measure(_Frozen):
 class Release(_Frozen):
     """How the bundle presents itself to devices."""
 
-    name: str | None = Field(None, pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """The model's name on the device; None: the name of the model's source."""
     version: int = Field(1, ge=1)
     """A device refuses to go back to a lower version unless told to."""
@@ -170,7 +171,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
+        below = tree.setdefault(key, {})
+        if not isinstance(below, dict):
+            return  # the file's own value is wrong there, and validation says so
+        tree = below
     tree[keys[-1]] = value
 
 
@@ -180,11 +184,17 @@ def _explain(error: ValidationError, origin: str) -> BadInput:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
         return BadInput(f"{origin}: {where} is wrong", first["msg"], "docs/recipe.md lists every setting")
-    model: Any = Recipe
-    for part in first["loc"][:-1]:
-        model = model.model_fields[part].annotation
     return BadInput(
         f"{origin}: unknown key {where!r}",
         "no setting of a recipe has this name",
-        nearest(str(first["loc"][-1]), model.model_fields),
+        nearest(str(first["loc"][-1]), _settings(first["loc"][:-1])),
     )
+
+
+def _settings(section: tuple[int | str, ...]) -> list[str]:
+    """Names of the settings in a section, such as ``("contract", "latency")``."""
+    model: Any = Recipe
+    for part in section:
+        annotation = model.model_fields[part].annotation
+        model = next((option for option in get_args(annotation) if option is not NoneType), annotation)
+    return list(model.model_fields)

@@ -75,11 +75,12 @@ def save(directory: Path, edits: Edits, model: nn.Module) -> None:
     """Write ``structure.json`` and ``weights.safetensors``; the same model gives the same bytes."""
     import json
 
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialized
 
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
     (directory / STRUCTURE_FILE).write_text(json.dumps(edits, sort_keys=True, indent=1) + "\n")
-    save_file(tensors, directory / WEIGHTS_FILE)
+    # save_file() would report a full disk as an error of its own kind
+    (directory / WEIGHTS_FILE).write_bytes(serialized(tensors))
 
 
 def load_into(model: nn.Module, directory: Path) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.errors import BadInput, nearest
-from edgekit.objects import is_object_spec, load_callable
+from edgekit.objects import is_object_spec, load_callable, load_module, source_digest
 
 Outputs = dict[str, np.ndarray[Any, Any]]
 Labels = np.ndarray[Any, Any] | None
@@ -40,13 +40,15 @@ def choose(metric: str | None, labelled: bool) -> str:
     """Name of the metric to use: the one asked for, else top1 with labels, else cosine.
 
     Raises:
-        BadInput: no such metric, or it needs labels and there are none.
+        BadInput: no such metric, it cannot be imported, or it needs labels and there are none.
     """
     name = metric or ("top1" if labelled else "cosine")
     if name not in BUILT_IN and not is_object_spec(name):
         raise BadInput(
             f"unknown metric {name!r}", "it is neither built in nor module:fn", nearest(name, BUILT_IN)
         )
+    if name not in BUILT_IN:
+        load_callable(name)  # better now than after the work
     if name == "top1" and not labelled:
         raise BadInput(
             "top1 needs labels",
@@ -54,6 +56,11 @@ def choose(metric: str | None, labelled: bool) -> str:
             "give labelled data with --eval, or --metric cosine",
         )
     return name
+
+
+def source(name: str) -> str | None:
+    """Digest of the module that holds a metric of the user's own; None for one that is built in."""
+    return None if name in BUILT_IN else source_digest(load_module(name))
 
 
 def score(name: str, outputs: Outputs, original: Outputs, labels: Labels) -> Score:

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from edgekit import ort, surgery
+from edgekit.artifact import disk_is_full
 from edgekit.errors import BadInput, EdgekitError
 from edgekit.measure import graph as graph_facts
 from edgekit.models import Model
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 GRAPH_FILE = "model.onnx"
 #: The newest opset that torch.onnx and ONNX Runtime's fusions both handle well.
 PREFERRED_OPSET = 20
+#: What ONNX Runtime 1.19 reads, the last for Python 3.8 (docs/profiles.md).
+_HIGHEST_IR_VERSION = 10
 _TESTED_BATCHES = (1, 3)
 _TOLERANCE_FRACTION = 1e-3
 
@@ -71,6 +74,7 @@ def _take_over(model: Model, path: Path, profile: Profile) -> dict[str, Any]:
 
     graph = onnx.load(str(model.path))
     graph_facts.strip(graph)
+    graph.ir_version = min(graph.ir_version, _HIGHEST_IR_VERSION)
     opset = graph_facts.opset(graph)
     if opset > profile.highest_opset:
         raise BadInput(
@@ -92,6 +96,8 @@ def _export(module: nn.Module, model: Model, opset: int, path: Path) -> tuple[st
             _tidy(path, opset)
             _prove(module, model, path)
         except Exception as error:  # exporters raise anything, down to bare AssertionError
+            if disk_is_full(error):
+                raise
             failures.append(f"{name}: {_first_line(error)}")
             path.unlink(missing_ok=True)
             continue
@@ -155,6 +161,7 @@ def _tidy(path: Path, opset: int) -> None:
 
     graph = onnx.load(str(path))
     graph_facts.strip(graph)
+    graph.ir_version = min(graph.ir_version, _HIGHEST_IR_VERSION)
     if graph_facts.opset(graph) > opset:
         raise ValueError(f"the exporter wrote opset {graph_facts.opset(graph)}, not {opset}")
     onnx.checker.check_model(graph)

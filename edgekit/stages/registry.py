@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from edgekit.artifact import Artifact
+from edgekit.builders.registry import BUILDERS
 from edgekit.data import Dataset
 from edgekit.models import Model
 
@@ -53,6 +54,7 @@ class Stage:
         reads: names of ``Sources`` that it reads.
         profile: fields of the profile that it looks at.
         libraries: distributions whose versions can change the result.
+        loads: own modules that it imports by name while it runs; a reader of its source does not see them.
     """
 
     module: str
@@ -61,6 +63,7 @@ class Stage:
     reads: tuple[str, ...]
     profile: tuple[str, ...]
     libraries: tuple[str, ...]
+    loads: tuple[str, ...] = ()
 
     def load(self) -> ModuleType:
         """Import the stage's module."""
@@ -99,6 +102,7 @@ STAGES: dict[str, Stage] = {
         ("model",),
         ("runtime", "accelerator"),
         ("onnxruntime",),
+        tuple(BUILDERS.values()),
     ),
     "verify": Stage(
         "edgekit.stages.verify",

@@ -33,12 +33,13 @@ GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 1e-1}
 
 
 class Config(BaseModel):
-    """Settings of this stage; ``metric`` as named by ``accuracy.choose``."""
+    """Settings of this stage: ``metric`` as named by ``accuracy.choose``, and the digest of its source."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     measure: Measure
     metric: str
+    metric_source: str | None
 
 
 def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[str, Any]:
