@@ -6,16 +6,18 @@ scales = calibrate(model, samples)
 int8 = quantize(model, scales).model
 """
 
+from calibration.choice import Choice, choose
 from calibration.errors import CalibrationError
 from calibration.fp16 import Fp16Report, to_fp16
 from calibration.prepare import prepare
 from calibration.quantizer import Quantized, Report, quantize
-from calibration.runner import calibrate
+from calibration.runner import calibrate, calibrate_each
 from calibration.scales import Scales, TensorRange, load
 from calibration.sensitivity import LayerSensitivity, sensitivity, sqnr_db
 
 __all__ = [
     "CalibrationError",
+    "Choice",
     "Fp16Report",
     "LayerSensitivity",
     "Quantized",
@@ -23,6 +25,8 @@ __all__ = [
     "Scales",
     "TensorRange",
     "calibrate",
+    "calibrate_each",
+    "choose",
     "load",
     "prepare",
     "quantize",

@@ -21,24 +21,44 @@ _MIN_EXPONENT = -126
 _CHUNK = 1 << 16
 
 
-class Histogram:
+class Extremes:
+    """The smallest and the largest of the values that were seen.
+
+    Attributes:
+        lo, hi: smallest and largest value seen.
+        elements: how many values were seen.
+    """
+
+    def __init__(self) -> None:
+        self.lo = math.inf
+        self.hi = -math.inf
+        self.elements = 0
+
+    def update(self, values: npt.NDArray[np.float32]) -> None:
+        """See values of any shape."""
+        if values.size:
+            self.merge(float(values.min()), float(values.max()), values.size)
+
+    def merge(self, lo: float, hi: float, elements: int) -> None:
+        """See ``elements`` values whose smallest and largest are known."""
+        self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
+        self.elements += elements
+
+
+class Histogram(Extremes):
     """Counts of float32 values on a grid of width ``2**exponent``, zero on an edge.
 
     Attributes:
         counts: int64, ``2 * HALF`` bins; bin i lies between i - HALF and i - HALF + 1 times the width,
             and holds the edge that is nearer to zero.
         exponent: the width's power of two; None before the first non-zero value.
-        lo, hi: smallest and largest value seen.
-        elements: how many values were seen.
-        zeros: how many of them were exactly zero; they are counted in bin ``HALF`` too.
+        zeros: how many of the values were exactly zero; they are counted in bin ``HALF`` too.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.counts: npt.NDArray[np.int64] = np.zeros(2 * HALF, np.int64)
         self.exponent: int | None = None
-        self.lo = math.inf
-        self.hi = -math.inf
-        self.elements = 0
         self.zeros = 0
 
     @property
@@ -52,8 +72,7 @@ class Histogram:
             return
         flat = values.reshape(-1)
         lo, hi = float(flat.min()), float(flat.max())
-        self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
-        self.elements += flat.size
+        self.merge(lo, hi, flat.size)
         self.zeros += flat.size - int(np.count_nonzero(flat))
         self._grow_to(max(abs(lo), abs(hi)))
         if self.exponent is None:

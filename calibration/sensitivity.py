@@ -59,24 +59,12 @@ def sensitivity(
         CalibrationError: no samples, or a sample that does not fit the model.
     """
     prepared = prepare(model)
-    expected = signature(prepared)
-    feeds: list[dict[str, Array]] = []
-    for position, sample in enumerate(samples):
-        check(sample, expected, position)
-        feeds.extend(rows(sample, expected))
-    if not feeds:
-        raise CalibrationError(
-            "there are no samples to measure layers on",
-            "the harm of a layer is measured on real inputs",
-            "give at least one sample",
-        )
-    reference = _outputs(prepared, feeds, threads)
+    reference = Reference(prepared, samples, threads)
     layers = sorted(place(prepared, target_named(target)).quantized)
     found = []
     for done, layer in enumerate(layers, start=1):
         alone = quantize(prepared, scales, target, exclude=[name for name in layers if name != layer])
-        outputs = _outputs(alone.model, feeds, threads)
-        found.append(LayerSensitivity(layer, sqnr_db(reference, outputs)))
+        found.append(LayerSensitivity(layer, reference.sqnr_db(alone.model)))
         if progress is not None:
             progress(done, len(layers))
     return sorted(found, key=lambda entry: (entry.sqnr_db, entry.node))
@@ -94,11 +82,41 @@ def sqnr_db(reference: Sequence[Array], found: Sequence[Array]) -> float:
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
 
 
-def _outputs(model: ModelProto, feeds: Sequence[Mapping[str, Array]], threads: int) -> list[Array]:
-    """The float outputs on every row."""
-    session = open_session(model, threads)
-    found: list[Array] = []
-    for feed in feeds:
-        outputs = session.run(None, dict(feed))
-        found.extend(value for value in outputs if np.issubdtype(value.dtype, np.floating))
-    return found
+class Reference:
+    """A float model's outputs, to compare quantized ones with.
+
+    Args:
+        model: from ``prepare``.
+        samples: held in memory.
+        threads: for ONNX Runtime; 0 leaves the choice to it.
+
+    Raises:
+        CalibrationError: no samples, or a sample that does not fit the model.
+    """
+
+    def __init__(self, model: ModelProto, samples: Iterable[Mapping[str, Array]], threads: int) -> None:
+        expected = signature(model)
+        self._threads = threads
+        self._feeds: list[dict[str, Array]] = []
+        for position, sample in enumerate(samples):
+            check(sample, expected, position)
+            self._feeds.extend(rows(sample, expected))
+        if not self._feeds:
+            raise CalibrationError(
+                "there are no samples to compare on",
+                "the harm of quantization is measured on real inputs",
+                "give at least one sample",
+            )
+        self._outputs = self._run(model)
+
+    def sqnr_db(self, model: ModelProto) -> float:
+        """Signal to quantization noise of ``model``'s float outputs, in decibels."""
+        return sqnr_db(self._outputs, self._run(model))
+
+    def _run(self, model: ModelProto) -> list[Array]:
+        session = open_session(model, self._threads)
+        found: list[Array] = []
+        for feed in self._feeds:
+            outputs = session.run(None, feed)
+            found.extend(value for value in outputs if np.issubdtype(value.dtype, np.floating))
+        return found

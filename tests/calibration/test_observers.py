@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from calibration.errors import CalibrationError
 from calibration.histogram import HALF, Histogram
-from calibration.observers import OBSERVERS, observer_kind
+from calibration.observers import OBSERVERS, observer_named
 
 values = hnp.arrays(
     np.float32,
@@ -23,15 +23,14 @@ values = hnp.arrays(
 @given(data=st.data(), seen=values)
 def test_range_does_not_depend_on_batches_or_order(name: str, data: st.DataObject, seen: np.ndarray) -> None:
     """Cut the same values into any batches in any order: the range is the same to the last bit."""
-    kind = observer_kind(name)
-    whole = kind.make()
+    observer = observer_named(name)
+    whole, pieces = Histogram(), Histogram()
     whole.update(seen)
-    pieces = kind.make()
     order = np.array(data.draw(st.permutations(range(len(seen)))), int)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(seen)), max_size=5)))
     for piece in np.split(seen[order], cuts):
         pieces.update(piece)
-    assert pieces.range() == whole.range()
+    assert observer.range(pieces) == observer.range(whole)
     assert (pieces.lo, pieces.hi, pieces.elements) == (whole.lo, whole.hi, whole.elements)
 
 
@@ -39,9 +38,9 @@ def test_range_does_not_depend_on_batches_or_order(name: str, data: st.DataObjec
 @given(seen=values)
 def test_range_stays_inside_what_was_seen(name: str, seen: np.ndarray) -> None:
     """No observer invents values: its range lies within the smallest and the largest, or touches zero."""
-    observer = observer_kind(name).make()
-    observer.update(seen)
-    lo, hi = observer.range()
+    histogram = Histogram()
+    histogram.update(seen)
+    lo, hi = observer_named(name).range(histogram)
     assert lo <= hi
     assert min(float(seen.min()), 0.0) <= lo
     assert hi <= max(float(seen.max()), 0.0)
@@ -62,10 +61,9 @@ def test_histogram_counts_every_value_in_its_bin(seen: np.ndarray) -> None:
 @given(seen=hnp.arrays(np.float32, st.integers(50, 400), elements=st.floats(-8, 8, width=32)))
 def test_percentile_is_the_sorted_values_own(seen: np.ndarray) -> None:
     """The percentile range is that of the sorted values, up to one bin."""
-    kind = observer_kind("percentile", percentile=90.0)
-    observer = kind.make()
-    observer.update(seen)
-    lo, hi = observer.range()
+    histogram = Histogram()
+    histogram.update(seen)
+    lo, hi = observer_named("percentile", percentile=90.0).range(histogram)
     dropped = int(len(seen) * 10 / 100)
     ordered = np.sort(seen)
     width = 8.0 / (HALF / 2)
@@ -87,11 +85,9 @@ def test_outliers_do_not_move_a_percentile() -> None:
     """One outlier in a hundred thousand values widens min-max a thousandfold, the percentile not."""
     seen = np.random.default_rng(0).uniform(-1, 1, 100_000).astype(np.float32)
     seen[7] = 1000.0
-    ranges = {}
-    for name in ("minmax", "percentile"):
-        observer = observer_kind(name).make()
-        observer.update(seen)
-        ranges[name] = observer.range()
+    histogram = Histogram()
+    histogram.update(seen)
+    ranges = {name: observer_named(name).range(histogram) for name in ("minmax", "percentile")}
     assert ranges["minmax"][1] == 1000.0
     assert ranges["percentile"][1] <= 1.5
 
@@ -100,10 +96,10 @@ def test_outliers_do_not_move_a_percentile() -> None:
 def test_impossible_percentile_is_refused(percentile: float) -> None:
     """A percentile that leaves no range is an error that says so."""
     with pytest.raises(CalibrationError, match="makes no range"):
-        observer_kind("percentile", percentile=percentile)
+        observer_named("percentile", percentile=percentile)
 
 
 def test_unknown_observer_is_refused() -> None:
     """A misspelt observer is an error that lists the ones there are."""
     with pytest.raises(CalibrationError, match="minmax"):
-        observer_kind("minimax")
+        observer_named("minimax")
