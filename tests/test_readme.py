@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -37,17 +39,21 @@ def copy(tmp_path: Path) -> Path:
 
 def run(script: str, directory: Path) -> str:
     """Run a script as a user's shell would, stopping at the first command that fails."""
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        env={**os.environ, "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"},
-    )
-    assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout + done.stderr
+    output = directory / "output.txt"  # a file: what a block leaves running would keep a pipe open
+    with output.open("w") as sink:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            timeout=600,
+            check=False,
+            env={**os.environ, "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"},
+        )
+    text = output.read_text(errors="replace")
+    assert done.returncode == 0, f"{script}\n{text[-6000:]}"
+    return text
 
 
 @pytest.mark.timeout(900)
@@ -66,10 +72,8 @@ def test_readme_commands(copy: Path) -> None:
     finally:
         pid = copy / "agent.pid"
         if pid.exists():
-            try:
+            with contextlib.suppress(ProcessLookupError):  # the last block stopped it
                 os.kill(int(pid.read_text()), signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # the last block stopped it
 
 
 @pytest.mark.timeout(600)
@@ -77,8 +81,6 @@ def test_text_encoder_example(copy: Path) -> None:
     """The text encoder's commands give a bundle whose embeddings keep a mean cosine of 0.985."""
     [script] = blocks(copy / "examples" / "text_encoder" / "README.md")
     run(script, copy)
-    import json
-
     report = json.loads((copy / "minilm" / "report.json").read_text())
     assert report["contract"]["met"]
     assert report["chosen"]["metric"]["value"] >= 0.985
