@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench test-agent test-system clean
+.PHONY: setup demo test lint bench test-agent clean
 
 setup: $(STAMP)
 
