@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-from calibration.affine import Affine, asymmetric_u8, bias_s32, quantize, weight_s8
+from calibration.affine import Affine, bias_s32, quantize, weight_s8
+from calibration.eligibility import weight_axis
 from calibration.graph import LINEAR, Index, Names, array, drop_unused_constants, rename_reads, replace_nodes
-from calibration.placement import Placement, Target, weight_axis
+from calibration.layouts import Placement
 from calibration.scales import Scales
+from calibration.targets import Target
 
 
 def write_qdq(
@@ -69,7 +71,7 @@ class _Writer:
     def activation(self, tensor: str) -> Affine:
         """How a tensor of the placement is quantized."""
         found = self._scales.tensors[self._placement.tensors[tensor]]
-        return asymmetric_u8(found.lo, found.hi)
+        return self._target.activation(found.lo, found.hi)
 
     def _pair(self, tensor: str) -> list[NodeProto]:
         """The Q and DQ nodes that follow a tensor; its readers are pointed at them."""

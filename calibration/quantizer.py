@@ -9,10 +9,12 @@ from onnx import ModelProto
 
 from calibration.errors import CalibrationError
 from calibration.graph import LINEAR
-from calibration.placement import Placement, place, target_named
+from calibration.layouts import Placement
+from calibration.placement import place
 from calibration.prepare import prepare
 from calibration.qdq import write_qdq
 from calibration.scales import Scales
+from calibration.targets import target_named
 
 #: Largest integer in a weight, by bits: 7 bits keep u8 x s8 pairs inside the 16-bit sums of processors
 #: that have neither VNNI nor dot-product instructions.
@@ -56,14 +58,17 @@ def quantize(
     exclude: Collection[str] = (),
     weight_bits: int = 8,
 ) -> Quantized:
-    """Write a static Q/DQ graph: activations uint8, weights int8 for each output channel, biases int32.
+    """Write a static Q/DQ graph; weights are int8 with a scale for each output channel.
+
+    For ``onnxruntime`` activations are uint8 and biases int32; for ``tensorrt`` activations are symmetric
+    int8 and biases stay float.
 
     The same model and scales give the same bytes.
 
     Args:
         model: the model that was calibrated.
         scales: from ``calibrate``.
-        target: ``onnxruntime``.
+        target: ``onnxruntime`` (CPU) or ``tensorrt`` (8.6 and newer, and TensorRT-RTX).
         exclude: names of linear operators to keep in float.
         weight_bits: 8, or 7 for x86 processors without VNNI, whose 16-bit sums would saturate.
 

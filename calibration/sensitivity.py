@@ -11,12 +11,13 @@ from onnx import ModelProto
 
 from calibration.errors import CalibrationError
 from calibration.graph import Array
-from calibration.placement import place, target_named
+from calibration.placement import place
 from calibration.prepare import prepare
 from calibration.quantizer import quantize
 from calibration.samples import check, rows, signature
 from calibration.scales import Scales
 from calibration.session import open_session
+from calibration.targets import target_named
 
 
 @dataclass(frozen=True)
