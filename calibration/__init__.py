@@ -14,6 +14,7 @@ from calibration.quantizer import Quantized, Report, quantize
 from calibration.runner import calibrate, calibrate_each
 from calibration.scales import Scales, TensorRange, load
 from calibration.sensitivity import LayerSensitivity, sensitivity, sqnr_db
+from calibration.tensorrt_cache import layer_precisions, read_cache, write_cache
 
 __all__ = [
     "CalibrationError",
@@ -27,10 +28,13 @@ __all__ = [
     "calibrate",
     "calibrate_each",
     "choose",
+    "layer_precisions",
     "load",
     "prepare",
     "quantize",
+    "read_cache",
     "sensitivity",
     "sqnr_db",
     "to_fp16",
+    "write_cache",
 ]

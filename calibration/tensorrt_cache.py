@@ -1,0 +1,98 @@
+"""Emission for TensorRT 8.5 and DLA, which quantize implicitly: a calibration cache and layer precisions.
+
+The cache is the text that TensorRT's calibrators write: a line that names the TensorRT version and the
+algorithm, then for each tensor ``name: HEX``, the scale (largest magnitude / 127) as the eight hex digits
+of a big-endian float32. The plain ONNX graph goes beside it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Mapping
+
+from onnx import ModelProto
+
+from calibration.affine import symmetric_s8
+from calibration.errors import CalibrationError
+from calibration.fp16 import MAX_FP16, to_fp16
+from calibration.graph import Index
+from calibration.placement import place
+from calibration.prepare import prepare
+from calibration.scales import Scales
+from calibration.targets import TARGETS
+
+ALGORITHM = "EntropyCalibration2"
+
+
+def write_cache(model: ModelProto, scales: Scales, tensorrt: tuple[int, int, int] = (8, 5, 2)) -> str:
+    """The calibration cache of a model.
+
+    Tensors beyond float16's range, such as attention masks, are left out: TensorRT then keeps the layers
+    around them in float.
+
+    Args:
+        model: the model that was calibrated; give TensorRT the prepared one, whose tensors are named so.
+        scales: from ``calibrate``.
+        tensorrt: version that will read the cache.
+
+    Returns:
+        The text of the cache file, the tensors in order of their names.
+    """
+    major, minor, patch = tensorrt
+    lines = [f"TRT-{major}{minor}{patch:02d}-{ALGORITHM}"]
+    prepared = prepare(model)
+    index = Index(prepared)
+    roots = place(prepared, TARGETS["tensorrt"]).tensors
+    for name in sorted({*index.producer, *index.readers}):
+        found = scales.tensors.get(roots.get(name, name))
+        if found is None or not index.is_float_activation(name):
+            continue
+        if max(abs(found.lo), abs(found.hi)) <= MAX_FP16:
+            scale = float(symmetric_s8(found.lo, found.hi).scale)
+            lines.append(f"{name}: {struct.pack('>f', scale).hex()}")
+    return "\n".join(lines) + "\n"
+
+
+def read_cache(text: str) -> dict[str, float]:
+    """Scales by tensor name from a calibration cache.
+
+    Raises:
+        CalibrationError: the text is not a calibration cache.
+    """
+    header, *lines = text.splitlines() or [""]
+    if not header.startswith("TRT-"):
+        raise _malformed(f"its first line is {header[:40]!r}, not TRT-VERSION-ALGORITHM")
+    found = {}
+    for line in lines:
+        name, separator, digits = line.rpartition(": ")
+        try:
+            (found[name],) = struct.unpack(">f", bytes.fromhex(digits))
+        except (ValueError, struct.error) as error:
+            raise _malformed(f"line {line[:60]!r} has no eight hex digits") from error
+        if not separator:
+            raise _malformed(f"line {line[:60]!r} names no tensor")
+    return found
+
+
+def layer_precisions(
+    model: ModelProto, scales: Scales, *, exclude: Collection[str] = ()
+) -> Mapping[str, str]:
+    """The precision of each operator of the prepared model: ``int8``, ``fp16`` or ``fp32``.
+
+    The linear operators that the Q/DQ graph for TensorRT quantizes are int8 here too; the others are fp16
+    where their values fit, by the same guard as ``to_fp16``.
+    """
+    prepared = prepare(model)
+    placement = place(prepared, TARGETS["tensorrt"], exclude)
+    _, report = to_fp16(prepared, scales)
+    in_int8 = placement.quantized | placement.joined
+    return {
+        node.name: "int8" if node.name in in_int8 else "fp32" if node.name in report.kept else "fp16"
+        for node in prepared.graph.node
+    }
+
+
+def _malformed(why: str) -> CalibrationError:
+    return CalibrationError(
+        "the text is not a TensorRT calibration cache", why, "write it again with write_cache"
+    )

@@ -1,0 +1,136 @@
+"""Emissions for TensorRT: Q/DQ placement, the calibration cache, and that both mean the same numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+from graphs import build, run
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from calibration import CalibrationError, Scales, calibrate, prepare, quantize, sqnr_db
+from calibration.affine import symmetric_s8
+from calibration.tensorrt_cache import layer_precisions, read_cache, write_cache
+
+
+@pytest.fixture(scope="module")
+def cnn_scales(residual_cnn: ModelProto, images: np.ndarray) -> Scales:
+    return calibrate(residual_cnn, [{"image": images}])
+
+
+def producers(model: ModelProto) -> dict[str, NodeProto]:
+    return {name: node for node in model.graph.node for name in node.output}
+
+
+def test_everything_is_symmetric_and_biases_are_float(residual_cnn: ModelProto, cnn_scales: Scales) -> None:
+    """Every zero point is int8 zero, no bias is quantized, and weights have a scale for each channel."""
+    int8 = quantize(residual_cnn, cnn_scales, "tensorrt").model
+    onnx.checker.check_model(int8, full_check=True)
+    constants = {t.name: numpy_helper.to_array(t) for t in int8.graph.initializer}
+    made = producers(int8)
+    for node in int8.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            zero_point = constants[node.input[2]]
+            assert zero_point.dtype == np.int8
+            assert not zero_point.any()
+        if node.op_type in ("Conv", "Gemm"):
+            assert constants[node.input[2]].dtype == np.float32
+            assert constants[made[node.input[1]].input[1]].ndim == 1
+
+
+def test_residual_add_fuses_with_its_convolution(residual_cnn: ModelProto, cnn_scales: Scales) -> None:
+    """The Add reads the convolution directly and the shortcut through a Q/DQ pair."""
+    int8 = quantize(residual_cnn, cnn_scales, "tensorrt").model
+    made = producers(int8)
+    add = next(node for node in int8.graph.node if node.op_type == "Add")
+    assert Counter(made[name].op_type for name in add.input) == {"Conv": 1, "DequantizeLinear": 1}
+
+
+def test_concatenated_tensors_share_a_scale(images: np.ndarray) -> None:
+    """Two convolutions whose results are concatenated and read by a third share the scale of the whole."""
+    rng = np.random.default_rng(0)
+    model = build(
+        [
+            helper.make_node("Conv", ["image", "w1"], ["a"], name="first"),
+            helper.make_node("Conv", ["image", "w2"], ["b"], name="second"),
+            helper.make_node("Conv", ["a", "w3"], ["c"], name="third"),
+            helper.make_node("Concat", ["a", "b"], ["ab"], name="join", axis=1),
+            helper.make_node("Conv", ["ab", "w4"], ["d"], name="last"),
+        ],
+        {"image": (TensorProto.FLOAT, ["n", 3, 8, 8])},
+        {"c": ["n", 2, 8, 8], "d": ["n", 2, 8, 8]},
+        {
+            "w1": rng.normal(0, 1, (4, 3, 1, 1)).astype(np.float32),
+            "w2": rng.normal(0, 9, (4, 3, 1, 1)).astype(np.float32),
+            "w3": rng.normal(0, 1, (2, 4, 1, 1)).astype(np.float32),
+            "w4": rng.normal(0, 1, (2, 8, 1, 1)).astype(np.float32),
+        },
+    )
+    scales = calibrate(model, [{"image": images}])
+    int8 = quantize(model, scales, "tensorrt").model
+    quantizers = {
+        node.input[0]: node.input[1] for node in int8.graph.node if node.op_type == "QuantizeLinear"
+    }
+    assert quantizers["a"] == quantizers["ab"]
+
+
+def test_outputs_are_close_to_float(residual_cnn: ModelProto, cnn_scales: Scales, images: np.ndarray) -> None:
+    """The symmetric graph, run by ONNX Runtime, stays above 25 dB."""
+    int8 = quantize(residual_cnn, cnn_scales, "tensorrt").model
+    assert sqnr_db(run(residual_cnn, {"image": images}), run(int8, {"image": images})) > 25
+
+
+def test_products_of_activations_stay_in_float(attention: ModelProto, tokens: dict[str, np.ndarray]) -> None:
+    """TensorRT fuses attention in half precision, so only products with weights are quantized."""
+    report = quantize(attention, calibrate(attention, [tokens]), "tensorrt").report
+    assert report.quantized == ("key", "output", "query", "value")
+
+
+def test_cache_holds_the_scales_of_the_graph(residual_cnn: ModelProto, cnn_scales: Scales) -> None:
+    """Cache and Q/DQ graph mean the same numbers: every scale of the graph is in the cache, bit for bit."""
+    cache = read_cache(write_cache(residual_cnn, cnn_scales))
+    int8 = quantize(residual_cnn, cnn_scales, "tensorrt").model
+    constants = {t.name: numpy_helper.to_array(t) for t in int8.graph.initializer}
+    quantizers = [node for node in int8.graph.node if node.op_type == "QuantizeLinear"]
+    assert quantizers
+    for node in quantizers:
+        assert np.float32(cache[node.input[0]]) == constants[node.input[1]]
+
+
+def test_cache_format() -> None:
+    """A cache is written in the documented text: the version line, then big-endian hex floats by name."""
+    model = build(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
+        {"x": (TensorProto.FLOAT, ["n", 2])},
+        {"y": ["n", 2]},
+        {"w": np.eye(2, dtype=np.float32)},
+    )
+    scales = calibrate(model, [{"x": np.array([[-127.0, 63.5]], np.float32)}])
+    assert write_cache(model, scales) == "TRT-8502-EntropyCalibration2\nx: 3f800000\ny: 3f800000\n"
+    assert write_cache(model, scales, (8, 6, 1)).startswith("TRT-8601-")
+    assert symmetric_s8(-127.0, 63.5).scale == 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x: 3f800000", "TRT-8502-EntropyCalibration2\nx 3f800000", "TRT-1\nx: 3f"]
+)
+def test_malformed_caches_are_refused(text: str) -> None:
+    """What is not a cache is refused with the line that is wrong."""
+    with pytest.raises(CalibrationError, match="not a TensorRT calibration cache"):
+        read_cache(text)
+
+
+def test_layer_precisions_follow_the_same_placement(residual_cnn: ModelProto, cnn_scales: Scales) -> None:
+    """The precision list has every operator once, with the Q/DQ graph's layers in int8."""
+    found = layer_precisions(residual_cnn, cnn_scales, exclude=["stem"])
+    assert set(found) == {node.name for node in prepare(residual_cnn).graph.node}
+    assert {name for name, kind in found.items() if kind == "int8"} == {
+        "first",
+        "second",
+        "third",
+        "fc",
+        "residual",
+    }
+    assert found["stem"] == "fp16"
