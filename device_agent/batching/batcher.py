@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence
 import numpy as np
 
 from device_agent.batching.latency import LatencyModel
-from device_agent.batching.policy import PolicySettings, decide
+from device_agent.batching.policy import PolicySettings, decide, earliest_start_s
 from device_agent.engines.base import Engine, EngineError
 from device_agent.metrics import ModelMetrics
 
@@ -34,7 +34,7 @@ class QueueFull(Exception):
 
 
 class DeadlineExceeded(Exception):
-    """The request's own timeout passed while it waited."""
+    """The request's own timeout passed while it waited, or would pass for certain."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class Batcher:
         self._queue: List[Job] = []
         self._timeouts = 0  # waiting jobs that have one
         self._busy = False
+        self._free_at_s = 0.0  # when the running batch should end
         self._pump_planned = False
         self._timer: Optional[asyncio.TimerHandle] = None
         self._idle_waiters: List[asyncio.Future[None]] = []
@@ -111,6 +112,7 @@ class Batcher:
 
         Raises:
             QueueFull: the queue is at its limit.
+            DeadlineExceeded: the job cannot start within its timeout, by all that was learned.
         """
         if len(self._queue) >= self._settings.max_queue_size and not self._busy:
             self._pump()  # a burst filled the queue before the engine could take from it
@@ -118,6 +120,9 @@ class Batcher:
             self._metrics.refused += 1
             raise QueueFull
         job.arrived_s = time.monotonic()
+        if job.timeout_s is not None and self._earliest_start_s(job) > job.arrived_s + job.timeout_s:
+            self._metrics.deadline_missed += 1
+            raise DeadlineExceeded
         self._queue.append(job)
         self._timeouts += job.timeout_s is not None
         self._metrics.queue_depth = len(self._queue)
@@ -147,6 +152,13 @@ class Batcher:
             self._thread = None
 
     # Choosing
+
+    def _earliest_start_s(self, job: Job) -> float:
+        now_s = job.arrived_s
+        free_at_s = self._free_at_s if self._busy else now_s
+        return earliest_start_s(
+            self._queue, job.batch_key, now_s, free_at_s, self.latency.predict, self._settings.policy
+        )
 
     def _plan_pump(self) -> None:
         # Not at once: requests that other connections have already sent are read first, and join.
@@ -209,6 +221,7 @@ class Batcher:
             return
         if self._thread is None:
             self._thread = _EngineThread(self._engine, asyncio.get_running_loop(), self._finish)
+        self._free_at_s = time.monotonic() + (expected_s or 0.0)
         self._thread.run(batch)
 
     def _finish(self, batch: List[Job]) -> None:

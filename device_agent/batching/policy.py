@@ -87,9 +87,39 @@ def decide(
     candidates = _companions(queue, settings.max_batch_size)
     rows = sum(queue[i].rows for i in candidates)
     due_s = queue[0].arrived_s + settings.max_queue_delay_s
-    if now_s < due_s and rows < settings.max_batch_size:
+    if now_s < due_s and rows < settings.max_batch_size and not _left_behind(queue, candidates):
         return Decision(wake_at_s=due_s)
     return Decision(take=_worthwhile(queue, candidates, predict_s, settings.handover_s))
+
+
+def earliest_start_s(
+    queue: Sequence[Waiting],
+    batch_key: Hashable,
+    now_s: float,
+    free_at_s: float,
+    predict_s: Callable[[int], Optional[float]],
+    settings: PolicySettings,
+) -> float:
+    """When a request that joins the queue now could start at best, on the clock of ``now_s``.
+
+    At best: it overtakes requests of other keys, those of its own run before it at the lowest learned cost
+    for each row, and its own batch is full. Where nothing was learned, that is now.
+
+    Args:
+        queue: waiting requests.
+        batch_key: the new request's.
+        now_s: the clock.
+        free_at_s: when the running batch should end; in the past if none runs or it is late.
+        predict_s: learned seconds for a number of rows; None: not known yet.
+        settings: the limits.
+    """
+    start_s = max(now_s, free_at_s)
+    one_s, full_s = predict_s(1), predict_s(settings.max_batch_size)
+    if one_s is None or full_s is None:
+        return start_s
+    rows = sum(item.rows for item in queue if item.batch_key == batch_key)
+    before = max(0, rows - (settings.max_batch_size - 1))
+    return start_s + before * min(one_s, full_s / settings.max_batch_size)
 
 
 def _companions(queue: Sequence[Waiting], max_rows: int) -> List[int]:
@@ -97,13 +127,19 @@ def _companions(queue: Sequence[Waiting], max_rows: int) -> List[int]:
     first = queue[0]
     taken, rows = [0], first.rows
     for position in range(1, len(queue)):
-        if rows >= max_rows:
-            break
         item = queue[position]
-        if item.batch_key == first.batch_key and rows + item.rows <= max_rows:
-            taken.append(position)
-            rows += item.rows
+        if item.batch_key != first.batch_key:
+            continue
+        if rows + item.rows > max_rows:
+            break  # a smaller one behind it would fit, but requests of one shape keep their order
+        taken.append(position)
+        rows += item.rows
     return taken
+
+
+def _left_behind(queue: Sequence[Waiting], candidates: List[int]) -> bool:
+    """Whether a request of the batch's shape found no place in it: then waiting gathers nobody else."""
+    return sum(item.batch_key == queue[0].batch_key for item in queue) > len(candidates)
 
 
 def _worthwhile(

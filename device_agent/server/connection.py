@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Se
 import httptools
 import numpy as np
 
-from device_agent.server.protocol import error_body
+from device_agent.server.fields import error_body
 from device_agent.tensors import Buffer
 
 if TYPE_CHECKING:
@@ -348,7 +348,10 @@ class Connection(asyncio.BufferedProtocol):
         self._incoming, self._body, self._chunks = None, None, []
         self._deadline_s = time.monotonic() + _LINGER_S
         if self._transport is not None:
-            self._transport.write_eof()
+            try:
+                self._transport.write_eof()
+            except OSError:
+                self._transport.abort()  # the client is gone already
 
     def _stop_reading(self) -> None:
         """Close after the last request that was received."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from typing import Optional, Sequence, Tuple
 
-from device_agent.server.protocol import ProtocolError
+from device_agent.server.fields import ProtocolError
 from device_agent.tensors import Buffer
 
 # zlib's window bits also say which container is read: a zlib stream, or gzip.

@@ -15,6 +15,17 @@ from typing import Any, Callable, Dict, Hashable, List, Mapping, Optional, Seque
 import numpy as np
 
 from device_agent.manifest import TensorSpec
+from device_agent.server.fields import (
+    ProtocolError,
+    SharedPart,
+    binary_size,
+    id_field,
+    load_json,
+    object_field,
+    objects_field,
+    shared_part,
+    timeout_s,
+)
 from device_agent.tensors import (
     Buffer,
     TensorError,
@@ -28,29 +39,6 @@ Arrays = Dict[str, "np.ndarray[Any, Any]"]
 
 _CACHED_PLANS = 64
 _CACHED_HEAD_BYTES = 4096
-
-
-class ProtocolError(Exception):
-    """A request that is answered with an error.
-
-    Attributes:
-        status: the HTTP status.
-        message: what the client is told.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-
-
-@dataclass(frozen=True)
-class SharedPart:
-    """A part of a registered shared memory region: its name, and a place in it in bytes."""
-
-    region: str
-    offset: int
-    byte_size: int
 
 
 @dataclass(frozen=True)
@@ -188,7 +176,7 @@ class ModelProtocol:
         head = bytes(body if json_bytes is None else body[:json_bytes])
         plan = self._plans.get(head)
         if plan is None:
-            plan = self._plan(_load_object(head))
+            plan = self._plan(load_json(head, "the request"))
             if plan.raw and not plan.arrays and len(head) <= _CACHED_HEAD_BYTES:
                 self._remember(head, plan)
         tail = body[len(head) :]
@@ -213,7 +201,7 @@ class ModelProtocol:
         self._plans[head] = plan
 
     def _plan(self, request: Mapping[str, Any]) -> _Plan:
-        parameters = _object(request, "parameters", "the request")
+        parameters = object_field(request, "parameters", "the request")
         if parameters.get("sequence_id") not in (None, 0, ""):
             raise ProtocolError(400, f"model '{self.name}' keeps no state between requests: no sequence_id")
         raw: List[_RawTensor] = []
@@ -223,9 +211,9 @@ class ModelProtocol:
         for item in self._input_objects(request):
             spec, shape = self._checked_input(item, shapes)
             shapes[spec.name] = shape
-            where = _object(item, "parameters", f"input '{spec.name}'")
-            shared = _shared_part(where, f"input '{spec.name}'")
-            size = 0 if shared else _binary_size(item, where, spec.name)
+            where = object_field(item, "parameters", f"input '{spec.name}'")
+            shared = shared_part(where, f"input '{spec.name}'")
+            size = 0 if shared else binary_size(item, where, spec.name)
             if size is None:
                 arrays[spec.name] = _decode_data(spec, shape, item)
             else:
@@ -233,18 +221,18 @@ class ModelProtocol:
                 position += size
         rows = self._rows(shapes)
         return _Plan(
-            id=_id(request),
+            id=id_field(request),
             raw=tuple(raw),
             raw_bytes=position,
             arrays=arrays,
             rows=rows,
             batch_key=tuple((name, shapes[name][1:]) for name in self.inputs),
             outputs=self._wishes(request, parameters.get("binary_data_output") is True),
-            timeout_s=_timeout_s(parameters),
+            timeout_s=timeout_s(parameters),
         )
 
     def _input_objects(self, request: Mapping[str, Any]) -> List[Mapping[str, Any]]:
-        items = _objects(request, "inputs")
+        items = objects_field(request, "inputs")
         names = [item.get("name") for item in items]
         missing = [name for name in self.inputs if name not in names]
         if missing:
@@ -287,7 +275,7 @@ class ModelProtocol:
         return rows
 
     def _wishes(self, request: Mapping[str, Any], binary_by_default: bool) -> Tuple[OutputWish, ...]:
-        items = _objects(request, "outputs") if request.get("outputs") is not None else []
+        items = objects_field(request, "outputs") if request.get("outputs") is not None else []
         if not items:
             return tuple(OutputWish(name, binary_by_default) for name in self.outputs)
         return tuple(self._wish(item, binary_by_default) for item in items)
@@ -298,13 +286,13 @@ class ModelProtocol:
             raise ProtocolError(
                 400, f"model '{self.name}' has no output {name!r}; it has {sorted(self.outputs)}"
             )
-        parameters = _object(item, "parameters", f"output '{name}'")
+        parameters = object_field(item, "parameters", f"output '{name}'")
         if parameters.get("classification"):
             raise ProtocolError(400, f"output '{name}': this server does not offer classification")
         binary = parameters.get("binary_data", binary_by_default)
         if not isinstance(binary, bool):
             raise ProtocolError(400, f"output '{name}': binary_data is not true or false")
-        return OutputWish(name, binary, _shared_part(parameters, f"output '{name}'"))
+        return OutputWish(name, binary, shared_part(parameters, f"output '{name}'"))
 
     # Answers
 
@@ -344,84 +332,11 @@ class ModelProtocol:
         )
 
 
-# Parts of a request
-
-
-def _load_object(head: bytes) -> Mapping[str, Any]:
-    return load_json(head, "the request")
-
-
-def load_json(body: bytes, what: str) -> Mapping[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        ProtocolError: 400: not UTF-8, not JSON, nested beyond reason, or not an object.
-    """
-    try:
-        value = json.loads(body.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(400, f"{what} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ProtocolError(400, f"{what} is not a JSON object")
-    return value
-
-
-def _object(parent: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    value = parent.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ProtocolError(400, f"'{key}' of {where} is not an object")
-    return value
-
-
-def _objects(parent: Mapping[str, Any], key: str) -> List[Mapping[str, Any]]:
-    value = parent.get(key)
-    if not isinstance(value, list) or any(not isinstance(item, dict) for item in value):
-        raise ProtocolError(400, f"the request has no list of objects '{key}'")
-    return value
-
-
-def _id(request: Mapping[str, Any]) -> Optional[str]:
-    value = request.get("id")
-    if value is not None and not isinstance(value, str):
-        raise ProtocolError(400, "'id' is not a string")
-    return value or None
-
-
-def _timeout_s(parameters: Mapping[str, Any]) -> Optional[float]:
-    value = parameters.get("timeout")
-    if value is None or value == 0:
-        return None
-    if type(value) is not int or value < 0:
-        raise ProtocolError(400, "'timeout' is not a whole number of microseconds")
-    return value / 1e6
+# Tensors
 
 
 def _matches(shape: Sequence[int], expected: Sequence[int]) -> bool:
     return len(shape) == len(expected) and all(want in (-1, got) for got, want in zip(shape, expected))
-
-
-def _shared_part(parameters: Mapping[str, Any], where: str) -> Optional[SharedPart]:
-    region = parameters.get("shared_memory_region")
-    if region is None:
-        return None
-    offset = parameters.get("shared_memory_offset", 0)
-    size = parameters.get("shared_memory_byte_size", -1)
-    if not isinstance(region, str) or any(type(n) is not int or n < 0 for n in (offset, size)):
-        raise ProtocolError(400, f"{where}: its place in shared memory is not a region, an offset and a size")
-    return SharedPart(region, offset, size)
-
-
-def _binary_size(item: Mapping[str, Any], parameters: Mapping[str, Any], name: str) -> Optional[int]:
-    size = parameters.get("binary_data_size")
-    if size is None:
-        return None
-    if type(size) is not int or size < 0:
-        raise ProtocolError(400, f"input '{name}': binary_data_size is not a size in bytes")
-    if "data" in item:
-        raise ProtocolError(400, f"input '{name}' has both data and binary_data_size")
-    return size
 
 
 def _decode_raw(tensor: _RawTensor, data: memoryview) -> np.ndarray[Any, Any]:
@@ -445,8 +360,3 @@ def _dump_data(name: str, datatype: str, array: np.ndarray[Any, Any]) -> str:
         return json.dumps(encode_json(datatype, array), separators=(",", ":"))
     except TensorError as error:
         raise ProtocolError(400, f"output '{name}' {error}") from error
-
-
-def error_body(message: str) -> bytes:
-    """The body of every error answer."""
-    return json.dumps({"error": message}).encode()

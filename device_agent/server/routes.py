@@ -18,14 +18,9 @@ from device_agent.models import LoadedModel, Models
 from device_agent.server.connection import BINARY, JSON, Connection, Request
 from device_agent.server.content import compress, decompress
 from device_agent.server.documents import model_config, model_metadata, model_statistics
+from device_agent.server.fields import ProtocolError, error_body, load_json
 from device_agent.server.paths import Route, parse_path
-from device_agent.server.protocol import (
-    InferRequest,
-    ModelProtocol,
-    ProtocolError,
-    error_body,
-    load_json,
-)
+from device_agent.server.protocol import InferRequest, ModelProtocol
 from device_agent.server.shared_memory import Regions
 
 EXTENSIONS = [
@@ -126,6 +121,8 @@ class InferenceRoutes:
             raise ProtocolError(
                 503, f"model '{protocol.name}' has as many requests waiting as it may"
             ) from None
+        except DeadlineExceeded as error:
+            raise _job_error(protocol, error) from None
         connection.on_cancel = partial(loaded.batcher.cancel, job)
 
     # Documents
@@ -254,7 +251,7 @@ def _job_error(protocol: ModelProtocol, error: Optional[Exception]) -> ProtocolE
     if isinstance(error, InputError):
         return ProtocolError(400, str(error))
     if isinstance(error, DeadlineExceeded):
-        return ProtocolError(503, "the request's timeout passed while it waited")
+        return ProtocolError(503, "the request cannot run within its timeout")
     _log.error("model %s failed: %s", protocol.name, error)
     return ProtocolError(500, f"model '{protocol.name}' failed: {error}")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from device_agent.server.protocol import ProtocolError
+from device_agent.server.fields import ProtocolError
 
 _DIRECTORY = Path("/dev/shm")  # noqa: S108 - this is where POSIX shared memory lives on Linux
 

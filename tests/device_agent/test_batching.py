@@ -19,7 +19,7 @@ from device_agent.batching.batcher import (
     QueueFull,
 )
 from device_agent.batching.latency import LatencyModel
-from device_agent.batching.policy import PolicySettings, decide
+from device_agent.batching.policy import PolicySettings, decide, earliest_start_s
 from device_agent.engines.base import Arrays, EngineError
 from device_agent.manifest import TensorSpec
 from device_agent.metrics import ModelMetrics
@@ -111,6 +111,7 @@ def test_a_full_batch_does_not_wait_for_the_delay() -> None:
     settings = PolicySettings(max_batch_size=4, max_queue_delay_s=10.0)
     assert decide([Item(2), Item(2)], 0.0, False, unknown, settings).take == (0, 1)
     assert decide([Item(2), Item(1)], 0.0, False, unknown, settings).take == ()
+    assert decide([Item(2), Item(3)], 0.0, False, unknown, settings).take == (0,)
 
 
 def test_batches_are_large_where_that_pays() -> None:
@@ -131,6 +132,28 @@ def test_other_shapes_are_skipped_over_not_waited_for() -> None:
     """A request of another shape does not end the batch; it is first in a later one."""
     queue = [Item(1, "a"), Item(1, "b"), Item(1, "a")]
     assert decide(queue, 1.0, False, unknown, PolicySettings(8)).take == (0, 2)
+
+
+@given(queues, st.floats(1, 3), st.floats(0, 4), st.floats(1e-6, 0.1), st.floats(0, 0.1), limits)
+def test_the_earliest_start_is_a_promise_that_no_schedule_beats(
+    queue: List[Item],
+    now_s: float,
+    free_at_s: float,
+    per_row_s: float,
+    fixed_s: float,
+    settings: PolicySettings,
+) -> None:
+    """The policy itself never starts a new request before the earliest start, so no refusal is unjust."""
+    model = affine(fixed_s, per_row_s)
+    estimate_s = earliest_start_s(queue, "a", now_s, free_at_s, model, settings)
+    newcomer = Item(1, "a", now_s)
+    clock_s, waiting = max(now_s, free_at_s), [*queue, newcomer]
+    while any(item is newcomer for item in waiting):
+        taken = decide(waiting, clock_s + 10.0, False, model, settings).take
+        start_s = clock_s
+        clock_s += model(sum(waiting[i].rows for i in taken)) or 0.0
+        waiting = [item for i, item in enumerate(waiting) if i not in taken]
+    assert now_s <= estimate_s <= start_s + 1e-9
 
 
 # The learned latency
@@ -354,6 +377,23 @@ def test_a_request_whose_timeout_passes_in_the_queue_is_not_computed() -> None:
     assert isinstance(bench.answers[1.0], DeadlineExceeded)
     assert bench.answers[2.0] == [4.0]
     assert [1.0] not in bench.engine.batches
+    assert bench.metrics.deadline_missed == 1
+
+
+def test_a_request_that_cannot_start_in_time_is_refused_at_once() -> None:
+    """Its client learns it before the deadline, not after, and the queue is not made longer."""
+
+    async def scenario(bench: Bench) -> None:
+        for rows in (1, 2, 4, 8):
+            bench.batcher.latency.observe(rows, 1.0 * rows)
+        await _hold(bench)
+        bench.submit(1.0)
+        with pytest.raises(DeadlineExceeded):
+            bench.submit(2.0, timeout_s=0.5)
+        bench.submit(3.0, timeout_s=60.0)
+
+    bench = run(scenario, max_batch_size=1)
+    assert sorted(bench.answers) == [1.0, 3.0, 1000.0]
     assert bench.metrics.deadline_missed == 1
 
 

@@ -15,8 +15,9 @@ from device_agent import tensors
 from device_agent.manifest import TensorSpec
 from device_agent.server.content import compress, decompress
 from device_agent.server.documents import model_config, model_metadata
+from device_agent.server.fields import ProtocolError
 from device_agent.server.paths import parse_path
-from device_agent.server.protocol import ModelProtocol, ProtocolError
+from device_agent.server.protocol import ModelProtocol
 from device_agent.tensors import NUMPY_DTYPES, object_array
 
 # Tensors

@@ -1,0 +1,113 @@
+"""The fields of a request's JSON, each read and checked for its type. Pure functions.
+
+Each raises ProtocolError with status 400 for a value of another type.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, List, Mapping, Optional
+
+
+class ProtocolError(Exception):
+    """A request that is answered with an error.
+
+    Attributes:
+        status: the HTTP status.
+        message: what the client is told.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+@dataclass(frozen=True)
+class SharedPart:
+    """A part of a registered shared memory region: its name, and a place in it in bytes."""
+
+    region: str
+    offset: int
+    byte_size: int
+
+
+def error_body(message: str) -> bytes:
+    """The body of every error answer."""
+    return json.dumps({"error": message}).encode()
+
+
+def load_json(body: bytes, what: str) -> Mapping[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        ProtocolError: 400: not UTF-8, not JSON, nested beyond reason, or not an object.
+    """
+    try:
+        value = json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(400, f"{what} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ProtocolError(400, f"{what} is not a JSON object")
+    return value
+
+
+def object_field(parent: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """An object among the fields of ``parent``; empty where it is absent or null."""
+    value = parent.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ProtocolError(400, f"'{key}' of {where} is not an object")
+    return value
+
+
+def objects_field(parent: Mapping[str, Any], key: str) -> List[Mapping[str, Any]]:
+    """A list of objects among the fields of ``parent``."""
+    value = parent.get(key)
+    if not isinstance(value, list) or any(not isinstance(item, dict) for item in value):
+        raise ProtocolError(400, f"the request has no list of objects '{key}'")
+    return value
+
+
+def id_field(request: Mapping[str, Any]) -> Optional[str]:
+    """The client's own name for its request; None: it gave none."""
+    value = request.get("id")
+    if value is not None and not isinstance(value, str):
+        raise ProtocolError(400, "'id' is not a string")
+    return value or None
+
+
+def timeout_s(parameters: Mapping[str, Any]) -> Optional[float]:
+    """The request's ``timeout``, given in microseconds, in seconds; None: it has none."""
+    value = parameters.get("timeout")
+    if value is None or value == 0:
+        return None
+    if type(value) is not int or value < 0:
+        raise ProtocolError(400, "'timeout' is not a whole number of microseconds")
+    return value / 1e6
+
+
+def shared_part(parameters: Mapping[str, Any], where: str) -> Optional[SharedPart]:
+    """Where in shared memory a tensor lies, by its parameters; None: it is not there."""
+    region = parameters.get("shared_memory_region")
+    if region is None:
+        return None
+    offset = parameters.get("shared_memory_offset", 0)
+    size = parameters.get("shared_memory_byte_size", -1)
+    if not isinstance(region, str) or any(type(n) is not int or n < 0 for n in (offset, size)):
+        raise ProtocolError(400, f"{where}: its place in shared memory is not a region, an offset and a size")
+    return SharedPart(region, offset, size)
+
+
+def binary_size(item: Mapping[str, Any], parameters: Mapping[str, Any], name: str) -> Optional[int]:
+    """Size of an input's raw data behind the JSON, in bytes; None: its data is in the JSON."""
+    size = parameters.get("binary_data_size")
+    if size is None:
+        return None
+    if type(size) is not int or size < 0:
+        raise ProtocolError(400, f"input '{name}': binary_data_size is not a size in bytes")
+    if "data" in item:
+        raise ProtocolError(400, f"input '{name}' has both data and binary_data_size")
+    return size
