@@ -3,7 +3,8 @@
 The disk is the double here; the program under test runs unchanged on a real directory. Until a file is
 synced, any part of its new content may be missing; until a directory is synced, any subset of its changes
 may be missing, also out of order (Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014).
-Only a rename is one change, as every journaling file system makes it. What the program does past
+Only a rename is one change, as every journaling file system makes it; it lasts once both directories are
+synced. What the program does past
 ``durable``'s primitives is noticed by comparing the directory with the model, and counts as never synced.
 """
 
@@ -57,10 +58,15 @@ class _Directory:
 
 @dataclass
 class _Change:
-    """Names that change together; the inode that a name stands for, or None."""
+    """Names that change together: directory, name, and the inode that it stands for, or None."""
 
     names: List[Tuple[int, str, Optional[int]]]
-    durable: bool = False
+    unsynced: Set[int]
+
+    @classmethod
+    def of(cls, *names: Tuple[int, str, Optional[int]]) -> _Change:
+        """A change that lasts once every directory that it touches is synced."""
+        return cls(list(names), {directory for directory, _, _ in names})
 
 
 class CrashDisk:
@@ -72,7 +78,7 @@ class CrashDisk:
         self._changes: List[_Change] = []
         self._observe(0, root)
         for change in self._changes:
-            change.durable = True
+            change.unsynced.clear()
         for node in self._nodes.values():
             if isinstance(node, _File):
                 node.synced = node.current
@@ -107,7 +113,7 @@ class CrashDisk:
                 yield dict(self._contents(tree, 0, "", variant))
 
     def _missing_changes(self) -> Iterable[Set[int]]:
-        pending = [id(change) for change in self._changes if not change.durable]
+        pending = [id(change) for change in self._changes if change.unsynced]
         if len(pending) <= _ALL_SUBSETS_UP_TO:
             return (set(c) for n in range(len(pending) + 1) for c in combinations(pending, n))
         prefixes = (set(pending[n:]) for n in range(len(pending) + 1))
@@ -151,7 +157,7 @@ class CrashDisk:
             if name not in directory.entries:
                 self._nodes[len(self._nodes)] = _Directory() if child.is_dir() else _File(b"")
                 directory.entries[name] = len(self._nodes) - 1
-                self._changes.append(_Change([(inode, name, len(self._nodes) - 1)]))
+                self._changes.append(_Change.of((inode, name, len(self._nodes) - 1)))
             node = self._nodes[directory.entries[name]]
             if isinstance(node, _File):
                 node.current = child.read_bytes()
@@ -164,18 +170,17 @@ class CrashDisk:
             for inner in list(self._nodes[child].entries):
                 self._forget(child, inner)
         del self._nodes[inode].entries[name]
-        self._changes.append(_Change([(inode, name, None)]))
+        self._changes.append(_Change.of((inode, name, None)))
 
     def _rename(self, source: Path, target: Path) -> None:
         old, new = self._find(source.parent), self._find(target.parent)
         inode = self._nodes[old].entries.pop(source.name)
         self._nodes[new].entries[target.name] = inode
-        self._changes.append(_Change([(old, source.name, None), (new, target.name, inode)]))
+        self._changes.append(_Change.of((old, source.name, None), (new, target.name, inode)))
 
     def _sync_directory(self, inode: int) -> None:
         for change in self._changes:
-            if any(directory == inode for directory, _, _ in change.names):
-                change.durable = True
+            change.unsynced.discard(inode)
 
     def _inside(self, path: Path) -> bool:
         return path == self._root or self._root in path.parents

@@ -128,6 +128,23 @@ def test_an_error_on_the_way_to_any_state_leaves_everything_as_it_was(
     assert (device.serving, device.store.active("demo")) == (old, old)
 
 
+def test_no_request_reaches_a_version_that_is_not_on_disk(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice of version is written first; if that fails, traffic was never moved."""
+    device.install(1)
+    device.bundle(2)
+    device.models.events.clear()
+
+    def fail(name: str, state: Any) -> None:
+        raise Refused("state.json cannot be written", "the test says so", "nothing")
+
+    monkeypatch.setattr(device.store, "set_state", fail)
+    with pytest.raises(Refused):
+        device.lifecycle.install(device.root / "2")
+    assert not [event for event in device.models.events if event.startswith("switch")]
+
+
 def test_the_reason_of_a_failure_is_kept(device: Device) -> None:
     """``status`` tells after a restart how the last operation ended, and what serves instead."""
     old, new = device.install(1), device.bundle(2)
