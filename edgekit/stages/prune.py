@@ -8,6 +8,7 @@ bisection, each trial on a fresh copy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,7 @@ class _Pruner:
 
     def to_size(self, size: float, tick: Any) -> tuple[nn.Module, float]:
         """The least pruned model with at most ``size`` of the parameters, and its share of cut channels."""
-        low, high = 0.0, self._config.prune.max_layer_ratio
+        low, high = 0.0, 1.0  # at 1, every layer loses all that it may
         best = self._prune(high)
         if parameter_count(best) > size * self._params:
             raise self._too_far(size, best)
@@ -119,16 +120,15 @@ class _Pruner:
         with torch.random.fork_rng():
             torch.manual_seed(self._config.seed)
             try:
-                tp.pruner.BasePruner(
+                pruner = tp.pruner.BasePruner(
                     model,
                     self._example,
                     importance=importance,
-                    global_pruning=True,
-                    pruning_ratio=channel_fraction,
-                    max_pruning_ratio=self._config.prune.max_layer_ratio,
-                    round_to=self._alignment,
                     ignored_layers=[modules[name] for name in self._kept],
-                ).step()
+                )
+                _remove_channels(
+                    pruner, channel_fraction, self._config.prune.max_layer_ratio, self._alignment
+                )
                 forward(model, self._example)
             except Exception as error:  # whatever the dependency graph or the cut model's forward raises
                 raise _cannot_prune(f"{type(error).__name__}: {error}") from error
@@ -151,6 +151,45 @@ class _Pruner:
             f"removed, in multiples of {self._alignment}",
             "ask for a larger --size, or raise prune.max_layer_ratio in the recipe",
         )
+
+
+def _remove_channels(pruner: Any, channel_fraction: float, max_layer_ratio: float, alignment: int) -> None:
+    """Remove the least important share of all channels, from each layer no more than it may lose.
+
+    torch-pruning's own ``step`` leaves a layer whole whose channels are all among the least important, or
+    whose width would round to 0; then a larger share can remove less, and a bisection finds nothing.
+    """
+    import torch
+
+    graph = pruner.DG
+    ranked = []
+    for group in graph.get_all_groups(pruner.ignored_layers, pruner.root_module_types):
+        importance = pruner.estimate_importance(group)
+        if importance is not None:
+            parts = pruner._get_channel_groups(group)  # of a grouped convolution: all lose the same
+            root = group[0].dep.target.module, group[0].dep.handler
+            ranked.append((root, parts, importance.view(parts, -1).mean(dim=0)))
+    if not ranked:
+        return
+    everything = torch.cat([importance for _, _, importance in ranked]).sort().values
+    threshold = everything[max(0, round(channel_fraction * len(everything)) - 1)]
+    for root, parts, importance in ranked:
+        width = parts * len(importance)
+        wanted = width - parts * int((importance <= threshold).sum())
+        kept = kept_width(width, wanted, max_layer_ratio, math.lcm(alignment, parts))
+        lowest = importance.argsort(stable=True)[: (width - kept) // parts]
+        indices = [int(i) + part * len(importance) for part in range(parts) for i in lowest]
+        if indices:
+            graph.get_pruning_group(*root, indices).prune()
+
+
+def kept_width(width: int, wanted: int, max_layer_ratio: float, unit: int) -> int:
+    """The width that a layer of ``width`` keeps where ``wanted`` channels would stay.
+
+    Either all of it, or a multiple of ``unit``, and never less than ``1 - max_layer_ratio`` of it.
+    """
+    least = math.ceil(width * (1 - max_layer_ratio) / unit) * unit
+    return min(width, max(least, unit, wanted // unit * unit))
 
 
 def _layers_that_make_outputs(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[str, ...]:
