@@ -10,11 +10,12 @@ import logging
 from dataclasses import dataclass
 from typing import Callable, Dict, Optional
 
-from device_agent.errors import AgentError
+from device_agent.errors import AgentError, Refused
 from device_agent.store import Store
 
 STATES = ("received", "verified", "staged", "prepared", "selftested", "switched", "committed")
 
+_INTERRUPTED = Refused("the operation was interrupted", "the agent or its disk stopped", "run it again")
 _log = logging.getLogger(__name__)
 
 
@@ -101,6 +102,33 @@ def interrupted(store: Store, name: str) -> Optional[Operation]:
         state=str(entry.get("state")),
         fresh=entry.get("fresh") is True,
     )
+
+
+def end_interrupted(store: Store, name: str) -> Optional[Operation]:
+    """End an operation that was interrupted before its switch, and take back what it added.
+
+    Returns:
+        The operation, if it was interrupted after the switch: whether it holds is for a start to find out.
+    """
+    operation = interrupted(store, name)
+    if operation is None or operation.digest == store.active(name):
+        return operation
+    operation.fail(_INTERRUPTED)
+    return None
+
+
+def abandon_interrupted(store: Store, name: str) -> None:
+    """End an operation that was interrupted, also after its switch, before another one begins.
+
+    While an agent runs, such an operation is one whose traces a failing disk did not let it take back.
+    """
+    operation = end_interrupted(store, name)
+    if operation is None:
+        return
+    state = store.state(name)
+    if state.active not in state.committed:
+        store.set_state(name, state.given_up())
+    operation.fail(_INTERRUPTED)
 
 
 def _describe(error: BaseException) -> Dict[str, str]:

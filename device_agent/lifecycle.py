@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional,
 from device_agent import archive, startup
 from device_agent import manifest as manifest_module
 from device_agent.errors import AgentError, BadInput, Refused
-from device_agent.journal import Operation
+from device_agent.journal import Operation, abandon_interrupted
 from device_agent.manifest import Manifest
 from device_agent.model_state import ModelState
 from device_agent.signature import Signer, Trust
@@ -109,6 +109,7 @@ class Lifecycle:
             with _journaled(operation):
                 operation.enter("received")
                 signer = self._admit(head)
+                abandon_interrupted(self._store, operation.name)
                 operation.fresh = not self._store.has(operation.name, operation.digest)
                 if operation.fresh:
                     self._store.require_space(head)  # before the journal takes the last bytes
@@ -129,6 +130,7 @@ class Lifecycle:
         """
         with self._turn():
             version = self._store.find(digest)
+            abandon_interrupted(self._store, version.name)
             target = self._store.state(version.name).activated(version.digest)
             operation = Operation(self._store, "activate", version.name, version.digest, on_state=on_state)
             return self._change(operation, target)
@@ -141,6 +143,7 @@ class Lifecycle:
             Refused: the fallback failed its self-test. The active version serves on.
         """
         with self._turn():
+            abandon_interrupted(self._store, name)
             state = self._store.state(name)
             if state.fallback is None:
                 raise BadInput(

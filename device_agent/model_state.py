@@ -51,6 +51,10 @@ class ModelState:
         """Return to the fallback for good."""
         return replace(self, active=self.fallback, fallback=None)
 
+    def without_fallback(self) -> ModelState:
+        """Have no version to return to."""
+        return replace(self, fallback=None)
+
     def without(self, digest: str) -> ModelState:
         """Forget a version that is not active."""
         kept = tuple(item for item in self.committed if item != digest)

@@ -27,21 +27,10 @@ _log = logging.getLogger(__name__)
 def restore(store: Store, load: Load) -> None:
     """Serve every model of the store; one that cannot be served at all is logged and left out."""
     for name in store.names():
-        state = store.state(name)
-        unfinished = _clean_up(store, name, state)
-        if state.active is not None:
-            _restore(store, load, name, state.active, unfinished)
-
-
-def _clean_up(store: Store, name: str, state: ModelState) -> Optional[Operation]:
-    """End an operation that was interrupted before its switch; return one that was interrupted after it."""
-    unfinished = journal.interrupted(store, name)
-    if unfinished is None or unfinished.digest == state.active:
-        return unfinished
-    unfinished.fail(
-        Refused("the operation was interrupted", "the agent or the device stopped", "run it again")
-    )
-    return None
+        unfinished = journal.end_interrupted(store, name)
+        active = store.active(name)
+        if active is not None:
+            _restore(store, load, name, active, unfinished)
 
 
 def _restore(store: Store, load: Load, name: str, active: str, unfinished: Optional[Operation]) -> None:

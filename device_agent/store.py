@@ -276,10 +276,13 @@ class Store:
                 "removing it would leave the device without this model",
                 "activate another version first, or roll back",
             )
-        if state != state.without(digest):
-            self.set_state(name, state.without(digest))
+        # In this order a crash leaves no fallback that is gone, and no version that nobody would collect.
+        if digest == state.fallback:
+            self.set_state(name, state.without_fallback())
         with disk_errors(f"{digest[:12]} cannot be removed"):
             durable.remove(self.directory(name, digest), self._temporary)
+        if digest in state.committed:
+            self.set_state(name, state.without(digest))
 
     def collect(self, name: str) -> List[str]:
         """Remove versions that once served and are neither active nor the fallback any more.

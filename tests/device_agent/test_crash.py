@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import pytest
 
 from crash_disk import Contents, CrashDisk, on_primitive, rebuild
+from device_agent import journal
 from device_agent.errors import AgentError, Refused
 from device_agent.lifecycle import Lifecycle
 from device_agent.signature import Trust
@@ -58,7 +59,10 @@ class World:
             found = None if serving is None else serving.digest
             assert found in allowed
             assert store.active("demo") == found
+            assert found is None or found in store.state("demo").committed
+            assert not store.names() or journal.interrupted(store, "demo") is None
             for version in store.list():
+                assert version.active or version.committed  # nothing half-installed stays
                 self.trust.check(version.directory, *_read(version.directory))
             assert not list((state_dir / "temporary").iterdir())
             lifecycle.install(self.bundle("next"))
