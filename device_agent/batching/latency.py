@@ -56,8 +56,10 @@ class LatencyModel:
             self._rescale(mean_n, mean_t)
             return
         slope_s = (self._nt / self._weight - mean_n * mean_t) / variance
-        # Neither part can be negative; what one gives up, the other carries.
-        self._per_row_s = min(max(slope_s, 0.0), mean_t / mean_n)
+        # The fixed part may come out negative: then rows cost more the more of them there are, as where a
+        # batch outgrows a cache. A single row is still held to a tenth of the mean.
+        steepest_s = 0.9 * mean_t / (mean_n - 1.0)
+        self._per_row_s = min(max(slope_s, 0.0), steepest_s)
         self._fixed_s = mean_t - self._per_row_s * mean_n
 
     def _rescale(self, mean_n: float, mean_t: float) -> None:

@@ -181,6 +181,16 @@ def test_latency_is_learned_for_sizes_between() -> None:
     assert model.predict(4) == pytest.approx(6e-3, rel=0.02)
 
 
+def test_batches_that_outgrow_a_cache_are_seen_as_dearer() -> None:
+    """Where each further row costs more than the one before, one row is predicted to be the cheapest."""
+    model = LatencyModel()
+    for _ in range(10):
+        for rows in (1, 2, 4):
+            model.observe(rows, 1e-3 * rows**1.2)
+    costs = [(model.predict(rows) or 0.0) / rows for rows in (1, 2, 4, 8)]
+    assert costs == sorted(costs)
+
+
 def test_a_device_that_throttles_is_followed_at_every_size() -> None:
     """When one size becomes three times slower, the others are expected to, even if none of them ran."""
     model = LatencyModel()
