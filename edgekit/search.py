@@ -199,5 +199,5 @@ def _with_reason(candidate: Candidate, chosen: Candidate) -> Candidate:
     elif chosen.facts["speedup"] > CLEARLY_FASTER * candidate.facts["speedup"]:
         reason = f"{chosen.precision} is clearly faster"
     else:
-        reason = f"not clearly faster than {chosen.precision}, which is preferred"
+        reason = f"not clearly faster than {chosen.precision}"
     return replace(candidate, reason=reason)

@@ -1,0 +1,167 @@
+"""Picking a candidate: least missed first, then the order of preference, then what is clearly faster."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgekit import profile, search
+from edgekit.artifact import Artifact
+from edgekit.plan import PRECISION_ORDER, Plan
+from edgekit.recipe import Contract, LatencyBound
+from edgekit.run import Ran
+
+HERE = profile.load("x86-cpu").model_copy(update={"architecture": platform.machine()})
+
+
+def _artifact(path: Path, **metadata: Any) -> Artifact:
+    return Artifact("x", path, "s", "k", (), metadata)
+
+
+def _latency(p50: float) -> dict[str, Any]:
+    return {"p50": p50, "p95": 2 * p50, "p99": 3 * p50, "runs": 10, "batch": 1, "where": "a double"}
+
+
+def _ran(directory: Path, figures: dict[str, tuple[float, float]], params: int = 40) -> tuple[Plan, Ran]:
+    """A run with made-up figures: precision -> (p50 in ms, metric); the original has 10 ms and 0.9."""
+    (directory / "model.onnx").write_bytes(bytes(25))
+    graph = {"macs": 100, "size_bytes": 100}
+    artifacts = {
+        "export.original": _artifact(directory, params=100, **graph),
+        "export.pruned": _artifact(directory, params=params, **graph),
+        "prune": _artifact(directory, channel_fraction=0.5, alignment=8, widths={}),
+    }
+    candidates = {}
+    for precision in (name for name in PRECISION_ORDER if name in figures):
+        p50, metric = figures[precision]
+        artifacts[f"build.{precision}"] = _artifact(directory)
+        artifacts[f"verify.{precision}"] = _artifact(
+            directory,
+            metric={
+                "original": {"name": "top1", "value": 0.9, "samples": 9},
+                "candidate": {"name": "top1", "value": metric, "samples": 9},
+            },
+            latency_ms={"original": _latency(10.0), "candidate": _latency(p50)},
+        )
+        candidates[precision] = (f"build.{precision}", f"verify.{precision}")
+    return Plan((), "build.original", candidates, 0.35, "top1"), Ran(artifacts, ())
+
+
+def _pick(
+    directory: Path, figures: dict[str, tuple[float, float]], contract: Contract, **more: Any
+) -> search.Outcome:
+    plan, ran = _ran(directory, figures, **more)
+    return search.pick(plan, ran, contract, HERE)
+
+
+_figures = st.fixed_dictionaries(
+    {precision: st.tuples(st.floats(0.1, 30), st.floats(0, 1)) for precision in PRECISION_ORDER}
+)
+_contracts = st.builds(
+    Contract,
+    size=st.none() | st.floats(0.1, 1),
+    max_drop=st.none() | st.floats(0, 1),
+    latency=st.none()
+    | st.builds(LatencyBound, quantile=st.sampled_from(["p50", "p95"]), ms=st.floats(0.1, 90)),
+)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the made-up engines lie."""
+    return tmp_path_factory.mktemp("search")
+
+
+@given(figures=_figures, contract=_contracts)
+def test_the_choice_is_never_beaten(
+    directory: Path, figures: dict[str, tuple[float, float]], contract: Contract
+) -> None:
+    """No candidate misses less than the chosen one, and none that misses as little is clearly faster."""
+    outcome = _pick(directory, figures, contract)
+    chosen = outcome.chosen
+    best = min((c.slower, len(c.unmet)) for c in outcome.candidates)
+    assert (chosen.slower, len(chosen.unmet)) == best
+    for other in outcome.candidates:
+        if (other.slower, len(other.unmet)) == best:
+            assert other.facts["speedup"] / chosen.facts["speedup"] <= search.CLEARLY_FASTER + 1e-9
+            if PRECISION_ORDER.index(other.precision) < PRECISION_ORDER.index(chosen.precision):
+                assert other.facts["speedup"] < chosen.facts["speedup"]
+
+
+@given(figures=_figures, contract=_contracts)
+def test_every_loser_has_a_reason_and_the_chosen_has_none(
+    directory: Path, figures: dict[str, tuple[float, float]], contract: Contract
+) -> None:
+    """The report can say for each candidate why it lost."""
+    outcome = _pick(directory, figures, contract)
+    assert [c.precision for c in outcome.candidates if c.reason is None] == [outcome.chosen.precision]
+    assert all(c.reason for c in outcome.candidates if c.precision != outcome.chosen.precision)
+
+
+@given(figures=_figures, contract=_contracts)
+def test_met_means_every_asked_part_holds(
+    directory: Path, figures: dict[str, tuple[float, float]], contract: Contract
+) -> None:
+    """An empty ``unmet`` is a promise kept: size, drop, latency, and faster than what it replaces."""
+    outcome = _pick(directory, figures, contract)
+    facts = outcome.chosen.facts
+    bound = contract.latency
+    held = {
+        "size": contract.size is None or facts["params_ratio"] <= contract.size,
+        "max_drop": contract.max_drop is None or facts["metric_drop"] <= contract.max_drop,
+        "latency": bound is None or facts["latency_ms"][bound.quantile] <= bound.ms,
+        "faster_than_original": facts["speedup"] >= 1,
+    }
+    assert set(outcome.unmet) == {part for part, holds in held.items() if not holds}
+    assert all(outcome.unmet.values())
+
+
+def test_the_smaller_file_wins_a_near_tie(directory: Path) -> None:
+    """Noise in a timing does not decide: fp32 must be clearly faster to be taken over INT8."""
+    near = {"int8": (5.0, 0.9), "fp16": (5.0, 0.9), "fp32": (4.5, 0.9)}
+    assert _pick(directory, near, Contract()).chosen.precision == "int8"
+    clear = {**near, "fp32": (4.0, 0.9)}
+    assert _pick(directory, clear, Contract()).chosen.precision == "fp32"
+
+
+def test_accuracy_comes_before_speed(directory: Path) -> None:
+    """A fast candidate that drops too much loses to one that keeps the contract."""
+    figures = {"int8": (2.0, 0.5), "fp16": (9.0, 0.9), "fp32": (9.5, 0.9)}
+    outcome = _pick(directory, figures, Contract(max_drop=0.01))
+    assert outcome.chosen.precision == "fp16"
+    assert outcome.candidates[0].reason == "misses max_drop"
+
+
+def test_nothing_slower_than_the_original_is_preferred(directory: Path) -> None:
+    """Slower than what it replaces loses to anything faster; if all are slower, the report says so."""
+    figures = {"int8": (12.0, 0.9), "fp16": (40.0, 0.9), "fp32": (9.0, 0.9)}
+    assert _pick(directory, figures, Contract()).chosen.precision == "fp32"
+    slow = {"int8": (12.0, 0.9), "fp16": (40.0, 0.9)}
+    assert set(_pick(directory, slow, Contract()).unmet) == {"faster_than_original"}
+
+
+def test_a_latency_of_another_machine_is_not_met(directory: Path) -> None:
+    """A bound is only met by a measurement on the device's kind of machine."""
+    plan, ran = _ran(directory, {"int8": (1.0, 0.9)})
+    contract = Contract(latency=LatencyBound(quantile="p95", ms=1000))
+    for other in (
+        HERE.model_copy(update={"architecture": "another"}),
+        HERE.model_copy(update={"runtime": SimpleNamespace(name="tensorrt")}),
+    ):
+        assert "not measured" in search.pick(plan, ran, contract, other).unmet["latency"]
+    assert search.pick(plan, ran, contract, HERE).unmet == {}
+
+
+def test_a_reason_is_true(directory: Path) -> None:
+    """A candidate that is neither slower nor unfit lost because it is not clearly faster than the chosen."""
+    figures = {"int8": (5.0, 0.9), "fp16": (4.2, 0.9), "fp32": (4.1, 0.9)}
+    outcome = _pick(directory, figures, Contract())
+    assert outcome.chosen.precision == "fp32"
+    assert outcome.candidates[0].reason == "fp32 is clearly faster"
+    assert "preferred" not in str(outcome.candidates[1].reason)
