@@ -6,11 +6,13 @@ Every emission takes its scales from these functions, so that they mean the same
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+_Number = TypeVar("_Number", bound=np.generic)
 
 #: The smallest scale given out: a bias has scale activation * weight, which must stay a normal float32.
 MIN_SCALE = float(2.0**-60)
@@ -100,21 +102,21 @@ def bias_s32(input_scale: Floats, weight: Affine) -> Affine:
 def quantize(values: Floats, affine: Affine) -> npt.NDArray[np.integer]:
     """Round half to even and saturate, as ONNX QuantizeLinear does."""
     kind = np.iinfo(affine.zero_point.dtype)
-    scale = _spread(affine.scale, values.ndim, affine.axis).astype(np.float64)
-    zero = _spread(affine.zero_point, values.ndim, affine.axis).astype(np.float64)
+    scale = spread(affine.scale, values.ndim, affine.axis).astype(np.float64)
+    zero = spread(affine.zero_point, values.ndim, affine.axis).astype(np.float64)
     steps = np.rint(values / scale) + zero
     return np.clip(steps, kind.min, kind.max).astype(affine.zero_point.dtype)
 
 
 def dequantize(values: npt.NDArray[np.integer], affine: Affine) -> Floats:
     """The real numbers that the integers mean."""
-    scale = _spread(affine.scale, values.ndim, affine.axis).astype(np.float32)
-    zero = _spread(affine.zero_point, values.ndim, affine.axis).astype(np.int64)
+    scale = spread(affine.scale, values.ndim, affine.axis).astype(np.float32)
+    zero = spread(affine.zero_point, values.ndim, affine.axis).astype(np.int64)
     real: Floats = (values.astype(np.int64) - zero).astype(np.float32) * scale
     return real
 
 
-def _spread(per_channel: npt.NDArray[np.generic], rank: int, axis: int | None) -> npt.NDArray[np.generic]:
+def spread(per_channel: npt.NDArray[_Number], rank: int, axis: int | None) -> npt.NDArray[_Number]:
     """Reshape one value a channel so that it broadcasts along ``axis``."""
     if axis is None or per_channel.ndim == 0:
         return per_channel

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime as ort
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from calibration.graph import Array, Index, Names, array, attribute, integer, replace_nodes, subgraphs
+from calibration.session import run_node
 
 #: A folded tensor may be larger than what it was made from by this much: a broadcast table stays a node.
 MAX_GROWTH_BYTES = 1 << 20
@@ -48,30 +48,14 @@ def _evaluate(
     model: ModelProto, node: NodeProto, constants: dict[str, TensorProto]
 ) -> dict[str, Array] | None:
     """Run one node on its constant inputs; None where ONNX Runtime cannot, or the result is too large."""
-    names = [name for name in node.output if name]
-    reads = {name: constants[name] for name in node.input if name}
-    graph = helper.make_graph(
-        [node],
-        "fold",
-        [],
-        [helper.make_empty_tensor_value_info(name) for name in names],
-        list(reads.values()),
-    )
-    single = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    reads = {name: array(constants[name]) for name in node.input if name}
     try:
-        session = ort.InferenceSession(
-            single.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        values = dict(zip(names, session.run(names, {}), strict=True))
+        values = run_node(model, node, reads)
     except (RuntimeError, ValueError):  # an operator without a CPU kernel stays in the graph
         return None
     if not all(isinstance(value, np.ndarray) for value in values.values()):
         return None
-    grown = sum(v.nbytes for v in values.values()) - sum(len(t.raw_data) for t in reads.values())
+    grown = sum(v.nbytes for v in values.values()) - sum(v.nbytes for v in reads.values())
     return values if grown <= MAX_GROWTH_BYTES else None
 
 

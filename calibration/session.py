@@ -1,11 +1,14 @@
-"""Opening a model in ONNX Runtime on the CPU."""
+"""Running models, and single operators, in ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnxruntime as ort
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from calibration.errors import CalibrationError
+from calibration.graph import Array
 
 _ERRORS_ONLY = 4
 
@@ -31,3 +34,30 @@ def open_session(model: ModelProto, threads: int = 0) -> ort.InferenceSession:
             str(error).strip().splitlines()[0],
             "check the file with onnx.checker, or export it again",
         ) from error
+
+
+def run_node(model: ModelProto, node: NodeProto, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run one operator of a model alone.
+
+    Args:
+        model: gives the operator sets.
+        node: the operator.
+        inputs: its inputs by name.
+
+    Returns:
+        Its outputs by name.
+
+    Raises:
+        RuntimeError, ValueError: ONNX Runtime has no kernel for it, or the inputs do not suit it.
+    """
+    names = [name for name in node.output if name]
+    constants = [numpy_helper.from_array(inputs[name], name) for name in dict.fromkeys(node.input) if name]
+    outputs = [helper.make_empty_tensor_value_info(name) for name in names]
+    graph = helper.make_graph([node], "single", [], outputs, constants)
+    single = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(single.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return dict(zip(names, session.run(names, {}), strict=True))
