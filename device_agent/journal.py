@@ -62,8 +62,9 @@ class Operation:
         if self.state in ("", "received"):
             return
         try:
-            self._write(_describe(error))
+            # In this order, since the journal is what reminds the next start to clean up.
             self.forget()
+            self._write(_describe(error))
         except AgentError as second:
             _log.error("%s of %s could not be cleaned up: %s", self.kind, self.digest[:12], second.why)
 

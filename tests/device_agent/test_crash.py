@@ -31,6 +31,7 @@ class World:
         self.root = root
         self.state_dir = root / "state"
         self.counter = itertools.count()
+        self.broken: List[str] = []
         self.trust = Trust(root / "keys")
         key = make_key(root / "keys")
         self.digests: Dict[str, str] = {}
@@ -51,7 +52,7 @@ class World:
 
     def check_start(self, state_dir: Path, allowed: Sequence[Optional[str]]) -> Optional[str]:
         """Start on what a crash left; return which version serves, and prove that updates still work."""
-        models = FakeModels()
+        models = FakeModels(broken=self.broken)
         with Store(state_dir) as store:
             lifecycle = Lifecycle(store, self.trust, models)  # type: ignore[arg-type]  # the double
             lifecycle.restore()
@@ -113,6 +114,34 @@ def test_a_power_cut_leaves_the_old_version_or_the_new_one(
     for state in finished:  # once the agent has said that it is done, nothing takes the change back
         world.check_start(_rebuilt(world, state), [world.digests[after]])
     print(f"{name}: {len(during) + len(finished)} states explored, 0 violations")
+
+
+@pytest.mark.parametrize(("broken", "after"), [([], "new"), (["new"], "old")])
+def test_a_power_cut_while_recovering_is_no_different(
+    world: World, monkeypatch: pytest.MonkeyPatch, broken: List[str], after: str
+) -> None:
+    """A start that finishes or gives up an interrupted update may be interrupted itself."""
+    world.install("old")
+    new = world.digests["new"]
+    with Store(world.state_dir) as store:
+        lifecycle = Lifecycle(store, world.trust, FakeModels())  # type: ignore[arg-type]  # the double
+        lifecycle.install(world.bundle("new"), activate=False)
+        store.set_state("demo", store.state("demo").activated(new))
+        entry = {
+            "operation": "install",
+            "digest": new,
+            "goal": "committed",
+            "state": "switched",
+            "fresh": True,
+        }
+        store.set_journal("demo", {**entry, "failure": None})
+    monkeypatch.setattr(world, "broken", [world.digests[name] for name in broken])
+    during, finished = _crash_states(world, monkeypatch, lambda lifecycle: None)
+    seen = {world.check_start(_rebuilt(world, state), [world.digests["old"], new]) for state in during}
+    assert world.digests[after] in seen
+    for state in finished:
+        world.check_start(_rebuilt(world, state), [world.digests[after]])
+    print(f"recovery to {after}: {len(during) + len(finished)} states explored, 0 violations")
 
 
 @pytest.mark.parametrize("broken", ["_sync_directory", "_sync_file"])
@@ -248,7 +277,7 @@ def _crash_states(world: World, monkeypatch: pytest.MonkeyPatch, change: Change)
 
 
 def _run(world: World, change: Change) -> None:
-    models = FakeModels()
+    models = FakeModels(broken=world.broken)
     with Store(world.state_dir) as store:
         lifecycle = Lifecycle(store, world.trust, models)  # type: ignore[arg-type]  # the double
         lifecycle.restore()
