@@ -11,24 +11,18 @@ Standard library only; Python 3.8.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Dict, Iterator, List, NoReturn, Optional, Tuple
+from typing import BinaryIO, Dict, List, NoReturn, Optional, Tuple
 
+from device_agent import directory, ustar
 from device_agent import manifest as manifest_module
-from device_agent import ustar
-from device_agent.errors import BadInput, TrustError
+from device_agent.errors import BadInput
 from device_agent.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME, FileEntry, Manifest
 
 SUFFIX = ".edgekit"
-MAX_SIGNATURE_BYTES = 4 * 1024 * 1024
-
-_CHUNK_BYTES = 1024 * 1024
-_REMAKE = "make or copy the bundle again; `edgekit verify` shows whether a copy is whole"
 
 
 @dataclass(frozen=True)
@@ -61,9 +55,9 @@ def read_head(bundle: Path) -> Head:
         ManifestError: no manifest, or a bad one.
         BadInput: not a bundle, or an archive that this module did not write.
     """
-    if bundle.is_dir():
+    if os.path.isdir(str(bundle)):
         manifest_bytes = manifest_module.read_bytes(bundle)
-        return _head(manifest_bytes, _read_signature(bundle))
+        return _head(manifest_bytes, directory.read_signature(bundle))
     with _open_archive(bundle) as stream:
         return _ArchiveReader(bundle, stream).head()
 
@@ -82,8 +76,8 @@ def unpack(bundle: Path, head: Head, destination: Path) -> None:
     """
     destination.mkdir()
     try:
-        if bundle.is_dir():
-            _copy_directory(bundle, head, destination)
+        if os.path.isdir(str(bundle)):
+            directory.copy_files(bundle, head.manifest, destination)
         else:
             with _open_archive(bundle) as stream:
                 _ArchiveReader(bundle, stream).unpack(head, destination)
@@ -93,16 +87,16 @@ def unpack(bundle: Path, head: Head, destination: Path) -> None:
         raise
 
 
-def pack(directory: Path, archive: Path) -> None:
-    """Write the single-file form of the bundle in ``directory``; the same content gives the same bytes.
+def pack(unpacked: Path, archive: Path) -> None:
+    """Write the single-file form of the bundle in ``unpacked``; the same content gives the same bytes.
 
     Raises:
         ManifestError: the manifest is malformed.
         TrustError: a file differs from the manifest, is missing, or is not listed.
         BadInput: a path or a file is too large for the format.
     """
-    head = read_head(directory)
-    check_files(directory, head.manifest)
+    head = read_head(unpacked)
+    directory.check_files(unpacked, head.manifest)
     temporary = archive.with_name(f".{archive.name}.tmp")
     try:
         with temporary.open("wb") as out:
@@ -110,8 +104,8 @@ def pack(directory: Path, archive: Path) -> None:
                 out.write(ustar.header(name, len(data)) + data + ustar.padding(len(data)))
             for entry in _in_order(head.manifest):
                 out.write(ustar.header(entry.path, entry.size_bytes))
-                with _open_listed(directory, entry) as source:
-                    _copy(source, entry, out)
+                with directory.open_listed(unpacked, entry) as source:
+                    directory.copy_exactly(source, entry, out)
                 out.write(ustar.padding(entry.size_bytes))
             out.write(ustar.END)
             out.flush()
@@ -122,109 +116,13 @@ def pack(directory: Path, archive: Path) -> None:
             temporary.unlink()
 
 
-def check_files(directory: Path, manifest: Manifest) -> None:
+def check_files(unpacked: Path, manifest: Manifest) -> None:
     """Check that an unpacked bundle holds exactly the manifest's files, unchanged.
 
     Raises:
         TrustError: a file changed, is missing, is not listed, or is not a regular file.
     """
-    _refuse_unlisted(directory, manifest)
-    for entry in manifest.files:
-        with _open_listed(directory, entry) as source:
-            _copy(source, entry, None)
-
-
-# The directory form
-
-
-def _read_signature(directory: Path) -> Optional[bytes]:
-    path = directory / SIGNATURE_NAME
-    try:
-        data = manifest_module.read_regular(path, MAX_SIGNATURE_BYTES)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise TrustError(f"{path} cannot be read", str(error.strerror), _REMAKE) from error
-    if len(data) > MAX_SIGNATURE_BYTES:
-        raise TrustError(f"{path} is too large", f"the limit is {MAX_SIGNATURE_BYTES} bytes", _REMAKE)
-    return data
-
-
-def _copy_directory(directory: Path, head: Head, destination: Path) -> None:
-    _refuse_unlisted(directory, head.manifest)
-    for entry in head.manifest.files:
-        with _open_listed(directory, entry) as source, _create(destination / entry.path) as out:
-            _copy(source, entry, out)
-
-
-def _refuse_unlisted(directory: Path, manifest: Manifest) -> None:
-    listed = {entry.path for entry in manifest.files} | {MANIFEST_NAME, SIGNATURE_NAME}
-    for path, mode in _walk(directory):
-        if not stat.S_ISREG(mode):
-            kind = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
-            raise TrustError(f"the bundle holds something else than files: {path}", f"it is {kind}", _REMAKE)
-        if path not in listed:
-            raise TrustError(
-                f"the bundle holds a file that its manifest does not list: {path}",
-                "it may have been added after the bundle was made",
-                "remove the file, or " + _REMAKE,
-            )
-
-
-def _walk(directory: Path) -> Iterator[Tuple[str, int]]:
-    """Yield the POSIX path and the mode of everything below ``directory`` that is not a directory."""
-    for root, directories, files in os.walk(str(directory)):
-        for name in directories + files:
-            path = Path(root, name)
-            mode = path.lstat().st_mode
-            if not stat.S_ISDIR(mode):
-                yield path.relative_to(directory).as_posix(), mode
-
-
-def _open_listed(directory: Path, entry: FileEntry) -> BinaryIO:
-    path = directory / entry.path
-    try:
-        return manifest_module.open_regular(path, follow_links=False)
-    except FileNotFoundError as error:
-        raise TrustError(
-            f"a file of the bundle is missing: {entry.path}", "the manifest lists it", _REMAKE
-        ) from error
-    except OSError as error:
-        raise TrustError(
-            f"a file of the bundle cannot be read: {entry.path}", str(error.strerror), _REMAKE
-        ) from error
-
-
-def _create(path: Path) -> BinaryIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return os.fdopen(os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "wb")
-
-
-def _copy(source: BinaryIO, entry: FileEntry, out: Optional[BinaryIO]) -> None:
-    """Copy one file of the directory form, holding it to the manifest's size and digest."""
-    size = os.fstat(source.fileno()).st_size
-    if size != entry.size_bytes:
-        raise _changed(entry, f"it has {size} bytes, the manifest says {entry.size_bytes}")
-    _copy_exactly(source, entry, out)
-
-
-def _copy_exactly(source: BinaryIO, entry: FileEntry, out: Optional[BinaryIO]) -> None:
-    sha256 = hashlib.sha256()
-    left = entry.size_bytes
-    while left:
-        chunk = source.read(min(left, _CHUNK_BYTES))
-        if not chunk:
-            raise BadInput("the bundle is truncated", f"it ends inside {entry.path}", _REMAKE)
-        sha256.update(chunk)
-        if out is not None:
-            out.write(chunk)
-        left -= len(chunk)
-    if sha256.hexdigest() != entry.sha256:
-        raise _changed(entry, "its SHA-256 is not the manifest's")
-
-
-def _changed(entry: FileEntry, why: str) -> TrustError:
-    return TrustError(f"a file of the bundle was changed: {entry.path}", why, _REMAKE)
+    directory.check_files(unpacked, manifest)
 
 
 # The single-file form
@@ -241,7 +139,7 @@ class _ArchiveReader:
         manifest_bytes = self._small_member(self._block(), MANIFEST_NAME, MAX_MANIFEST_BYTES)
         if manifest_bytes is None:
             self._refuse(f"it does not begin with {MANIFEST_NAME}")
-        signature = self._small_member(self._block(), SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
+        signature = self._small_member(self._block(), SIGNATURE_NAME, directory.MAX_SIGNATURE_BYTES)
         return _head(manifest_bytes, signature)
 
     def unpack(self, head: Head, destination: Path) -> None:
@@ -253,8 +151,8 @@ class _ArchiveReader:
             header = self._block()
             if header != ustar.header(entry.path, entry.size_bytes):
                 self._explain(header, entry, seen, head.manifest)
-            with _create(destination / entry.path) as out:
-                _copy_exactly(self._stream, entry, out)
+            with directory.create(destination / entry.path) as out:
+                directory.copy_exactly(self._stream, entry, out)
             self._skip_padding(entry.size_bytes)
             seen.append(entry.path)
         end = self._block()
@@ -291,7 +189,7 @@ class _ArchiveReader:
         return data
 
     def _refuse(self, why: str) -> NoReturn:
-        raise BadInput(f"{self._path} is not a usable bundle archive", why, _REMAKE)
+        raise BadInput(f"{self._path} is not a usable bundle archive", why, directory.REMAKE)
 
     def _explain(
         self, header: bytes, expected: Optional[FileEntry], seen: List[str], manifest: Manifest
@@ -348,5 +246,5 @@ def _head_members(head: Head) -> List[Tuple[str, bytes]]:
 
 def _write_head(head: Head, destination: Path) -> None:
     for name, data in _head_members(head):
-        with _create(destination / name) as out:
+        with directory.create(destination / name) as out:
             out.write(data)

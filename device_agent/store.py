@@ -350,7 +350,7 @@ def _is_whole(directory: Path, head: archive.Head) -> bool:
     try:
         installed = archive.read_head(directory)
         archive.check_files(directory, installed.manifest)
-    except AgentError:
+    except (AgentError, OSError):
         return False
     return installed.digest == head.digest
 
