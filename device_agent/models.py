@@ -22,6 +22,7 @@ from device_agent.engines import candidates
 from device_agent.engines.base import Engine, EngineError, EngineSettings
 from device_agent.errors import Refused
 from device_agent.manifest import Manifest
+from device_agent.memory import give_back
 from device_agent.metrics import Metrics
 from device_agent.selftest import SelfTest, check, load_arrays
 
@@ -98,6 +99,7 @@ class Models:
         except BaseException:
             engine.close()
             raise
+        give_back()
         return LoadedModel(manifest, digest, directory, engine, batcher, selftest, is_batchable(manifest))
 
     def switch(self, loaded: LoadedModel) -> Optional[LoadedModel]:
@@ -125,7 +127,7 @@ class Models:
         await loaded.batcher.drain()
         loaded.batcher.close()
         # Freeing a large model takes milliseconds, which the requests of others must not wait for.
-        await asyncio.get_running_loop().run_in_executor(None, loaded.engine.close)
+        await asyncio.get_running_loop().run_in_executor(None, _close, loaded.engine)
 
     def get(self, name: str) -> Optional[LoadedModel]:
         """The serving version of a model."""
@@ -141,6 +143,11 @@ class Models:
             max_queue_delay_s=self._config.batching.max_queue_delay_us / 1e6,
         )
         return BatcherSettings(policy, self._config.limits.max_queue_size)
+
+
+def _close(engine: Engine) -> None:
+    engine.close()
+    give_back()
 
 
 def is_batchable(manifest: Manifest) -> bool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, List
@@ -113,6 +114,43 @@ def test_retiring_waits_for_what_was_accepted(tmp_path: Path) -> None:
     asyncio.run(main())
     assert len(answers) == 30
     assert models.get("model") is None
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_replaced_versions_give_their_memory_back(tmp_path: Path) -> None:
+    """After many updates the process is not larger by the models that it once served."""
+    weights = np.random.default_rng(0).standard_normal((8, 500_000)).astype(np.float32)  # 16 MB
+    model = make_model(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"]),
+            helper.make_node("ReduceSum", ["h", "axis"], ["scores"]),
+        ],
+        [TensorSpec("x", "FP32", (-1, 8))],
+        [TensorSpec("scores", "FP32", (-1, 1))],
+        [numpy_helper.from_array(weights, "w"), numpy_helper.from_array(np.array([1], np.int64), "axis")],
+    )
+    bundle = write_bundle(tmp_path / "1", model, {"x": X}, tolerance=1.0)
+    models = make_models()
+
+    async def swap() -> None:
+        loaded = await asyncio.get_running_loop().run_in_executor(None, prepare, models, bundle)
+        old = models.switch(loaded)
+        if old is not None:
+            await models.retire(old)
+
+    async def main() -> int:
+        for _ in range(3):
+            await swap()
+        before = _resident_bytes()
+        for _ in range(12):
+            await swap()
+        return _resident_bytes() - before
+
+    assert asyncio.run(main()) < 2 * weights.nbytes
 
 
 def _fixed_batch_model() -> Any:
