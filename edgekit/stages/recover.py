@@ -36,7 +36,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     """Recover the pruned model and write its structure and weights.
 
     Raises:
-        BadInput: training diverged, or there is less than one batch of training data.
+        BadInput: training diverged, or there are fewer than two samples.
     """
     import torch
 
@@ -83,6 +83,12 @@ class _Batches:
         self._data = inputs.sources.train
         self._names = [spec.name for spec in inputs.sources.model.inputs]
         self._samples = list(self._data.samples())
+        if len(self._samples) < 2:
+            raise BadInput(
+                "recovery has too few samples",
+                "one sample has no statistics to learn from",
+                "give more data for recovery with --train",
+            )
         self._batch_size = min(batch_size, len(self._samples))
         self._seed = seed
         self.per_epoch = len(self._samples) // self._batch_size

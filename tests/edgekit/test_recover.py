@@ -1,0 +1,125 @@
+"""Recovery: the pruned model learns to answer as the original, without labels, the same every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stage_testing import aligned_profile, dataset, noise, run_stage, sources, torch_model
+from torch import nn
+
+from edgekit import surgery
+from edgekit.artifact import Artifact
+from edgekit.errors import BadInput
+from edgekit.models import Model
+from edgekit.modules import forward
+from edgekit.recipe import Prune, Recover
+
+SHAPE = (3, 6, 6)
+
+
+def _net() -> nn.Module:
+    """A classifier whose answers differ from image to image, with statistics as after a training."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3),
+        nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
+    with torch.no_grad():
+        for layer in (net[0], net[3], net[8]):
+            layer.weight *= 4  # type: ignore[operator]
+        for _ in range(40):
+            net(torch.randn(64, *SHAPE))
+    return net
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """A small convolutional classifier."""
+    return torch_model(_net, image=SHAPE)
+
+
+@pytest.fixture(scope="module")
+def pruned(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The model with half of its parameters."""
+    config = {"prune": Prune().model_dump(), "size": 0.5, "seed": 0}
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    return run_stage("prune", config, sources(model), out, aligned_profile(4))
+
+
+def _recover(
+    model: Model, pruned: Artifact, out: Path, count: int = 64, seed: int = 0, **settings: Any
+) -> Artifact:
+    images = dataset(noise({"image": SHAPE}, count))
+    config = {"recover": {"epochs": 6, "batch_size": 16, **settings}, "seed": seed}
+    return run_stage("recover", config, sources(model, images), out, model=pruned)
+
+
+def _distance(model: Model, artifact: Artifact) -> float:
+    """Mean squared distance to the original's logits on images that were not trained on."""
+    images = torch.from_numpy(np.random.default_rng(77).normal(size=(64, *SHAPE)).astype(np.float32))
+    student = surgery.load_into(model.module(), artifact.path)
+    return float((forward(student, (images,))[0] - forward(model.module(), (images,))[0]).pow(2).mean())
+
+
+def test_it_answers_more_like_the_original(model: Model, pruned: Artifact, tmp_path: Path) -> None:
+    """On data that it was not trained on, the recovered model is far nearer to the original's answers."""
+    recovered = _recover(model, pruned, tmp_path / "out", count=256)
+    assert _distance(model, recovered) < 0.5 * _distance(model, pruned)
+    losses = recovered.metadata["epoch_losses"]
+    assert losses[-1] < losses[0]
+    assert recovered.metadata["steps"] == 6 * 16
+    assert recovered.metadata["batchnorm_layers"] == 2
+
+
+def test_the_structure_stays(model: Model, pruned: Artifact, tmp_path: Path) -> None:
+    """Recovery changes numbers, not shapes."""
+    recovered = _recover(model, pruned, tmp_path / "out", epochs=1)
+    assert (recovered.path / surgery.STRUCTURE_FILE).read_bytes() == (
+        pruned.path / surgery.STRUCTURE_FILE
+    ).read_bytes()
+
+
+def test_the_same_seed_gives_the_same_bytes(model: Model, pruned: Artifact, tmp_path: Path) -> None:
+    """Bit for bit, whatever the caller's random state; another seed gives other weights."""
+    first = _recover(model, pruned, tmp_path / "a", epochs=2)
+    torch.manual_seed(99)
+    second = _recover(model, pruned, tmp_path / "b", epochs=2)
+    third = _recover(model, pruned, tmp_path / "c", epochs=2, seed=1)
+    assert first.sha256 == second.sha256 != third.sha256
+
+
+def test_zero_epochs_recalibrate_only(model: Model, pruned: Artifact, tmp_path: Path) -> None:
+    """Without training, the BatchNorm statistics are still those of the data."""
+    result = _recover(model, pruned, tmp_path / "out", epochs=0)
+    assert result.metadata["steps"] == 0
+    before = surgery.load_into(model.module(), pruned.path).state_dict()
+    after = surgery.load_into(model.module(), result.path).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("running" in name or "num_batches" in name for name in changed)
+
+
+def test_fewer_samples_than_a_batch_are_enough(model: Model, pruned: Artifact, tmp_path: Path) -> None:
+    """A handful of samples makes one small batch."""
+    assert _recover(model, pruned, tmp_path / "out", count=5, epochs=2).metadata["steps"] == 2
+
+
+def test_a_single_sample_is_refused(model: Model, pruned: Artifact, tmp_path: Path) -> None:
+    """Statistics of one sample are none: an error with three lines, not a traceback from torch."""
+    with pytest.raises(BadInput, match="too few"):
+        _recover(model, pruned, tmp_path / "out", count=1)
+
+
+def test_a_diverging_recovery_is_named(model: Model, pruned: Artifact, tmp_path: Path) -> None:
+    """A learning rate that blows up is an error that names the setting."""
+    with pytest.raises(BadInput, match="recovery failed") as caught:
+        _recover(model, pruned, tmp_path / "out", learning_rate=1e30)
+    assert "learning_rate" in caught.value.fix
+
+
+def test_the_defaults_are_valid() -> None:
+    """The stage takes the recipe's own defaults."""
+    assert Recover().batch_size >= 2
