@@ -9,7 +9,7 @@ from calibration.graph import Array, Index, Names, array, attribute, integer, re
 from calibration.session import run_node
 
 #: A folded tensor may be larger than what it was made from by this much: a broadcast table stays a node.
-MAX_GROWTH_BYTES = 1 << 20
+MAX_GROWTH_BYTES = 64 << 20
 _RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial"})
 
 
@@ -17,7 +17,7 @@ def fold_constants(model: ModelProto) -> None:
     """Replace the nodes that depend on constants alone by their values, in place.
 
     Each is run by ONNX Runtime, the runtime whose numbers the rest of calibration uses. A node whose
-    value would be larger than its inputs by more than 1 MiB stays.
+    value would be larger than its inputs by more than 64 MiB stays.
     """
     constants = {t.name: t for t in model.graph.initializer}
     index = Index(model)

@@ -34,6 +34,8 @@ MIN_NORMAL_FP16 = 2.0**-14
 _TYPED_BY_ATTRIBUTE = {"Cast": "to"}
 #: Operators that lose more than they gain in float16, whatever the range.
 _KEPT_OPERATORS = frozenset({"Range", "CumSum", "NonMaxSuppression", "RandomNormal", "RandomUniform"})
+#: Operators in which a tiny operand is lost without harm beside a larger one. A third operand is a bias.
+_ADDITIVE = frozenset({"Add", "Sub", "Sum", "Where", "Concat", "Max", "Min"})
 
 
 @dataclass(frozen=True)
@@ -141,25 +143,32 @@ class _Converter:
         for i, name in enumerate(node.output):
             if self._is_float(name) and not _allows_half(schema, _formal(list(schema.outputs), i)):
                 return f"{node.op_type} returns float32 only"
-        return self._range_reason([*(node.input[i] for i in slots), *outputs])
+        factors = [] if node.op_type in _ADDITIVE else [node.input[i] for i in slots if i < 2]
+        return self._overflow([*(node.input[i] for i in slots), *outputs]) or self._underflow(
+            [*factors, *outputs]
+        )
 
-    def _range_reason(self, names: list[str]) -> str | None:
+    def _overflow(self, names: list[str]) -> str | None:
         for name in names:
-            lo, hi = self._seen(name)
-            magnitude = max(abs(lo), abs(hi))
+            magnitude = self._magnitude(name)
             if magnitude > MAX_FP16:
                 return f"{name!r} reaches {magnitude:.3g}, beyond float16"
+        return None
+
+    def _underflow(self, names: list[str]) -> str | None:
+        for name in names:
+            magnitude = self._magnitude(name)
             if 0.0 < magnitude < MIN_NORMAL_FP16:
                 return f"{name!r} stays below {magnitude:.3g}, under float16's normal range"
         return None
 
-    def _seen(self, name: str) -> tuple[float, float]:
-        """Smallest and largest value of a tensor; zeros where nothing is known."""
+    def _magnitude(self, name: str) -> float:
+        """The largest magnitude that a tensor held; zero where nothing is known."""
         if name in self._index.constants:
             values = array(self._index.constants[name])
-            return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+            return float(np.abs(values).max()) if values.size else 0.0
         found = self._scales.tensors.get(name) if self._scales is not None else None
-        return (found.min, found.max) if found is not None else (0.0, 0.0)
+        return max(abs(found.min), abs(found.max)) if found is not None else 0.0
 
     def _to_half(self, node: NodeProto, slots: list[int], ordered: list[NodeProto]) -> None:
         for i, name in enumerate(node.input):

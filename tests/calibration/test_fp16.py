@@ -123,3 +123,16 @@ def test_bodies_read_float32_from_outside() -> None:
     assert report.kept == {"choice": "If has a body"}
     feed = {"x": np.array([[0.5, 1.0]], np.float32), "flag": np.array(True)}
     np.testing.assert_allclose(run(half, feed)[0], run(model, feed)[0], rtol=1e-3)
+
+
+def test_a_tiny_term_beside_a_larger_one_is_no_reason() -> None:
+    """A bias below float16's normal range is lost without harm, so its operator is converted."""
+    model = build(
+        [helper.make_node("Gemm", ["x", "w", "b"], ["y"], name="product")],
+        {"x": (TensorProto.FLOAT, ["n", 2])},
+        {"y": ["n", 2]},
+        {"w": np.eye(2, dtype=np.float32), "b": np.full(2, 1e-8, np.float32)},
+    )
+    feed = {"x": np.array([[1.0, 3.0]], np.float32)}
+    _, report = to_fp16(model, calibrate(model, [feed]))
+    assert report.kept == {}
