@@ -70,16 +70,15 @@ def pack(staging: Path, manifest: Manifest, out: Path) -> Bundle:
         BadInput: a file that cannot be in a bundle, a manifest that contradicts the files, or something
             in ``out`` under the bundle's name that is not a bundle.
     """
-    with agent_errors():
+    with bundle_errors():
         manifest = replace(manifest, schema=SCHEMA_VERSION, files=_entries(staging))
         manifest_bytes = dumps(manifest)
-    directory, single = out / manifest.name, out / (manifest.name + archive.SUFFIX)
-    identity = digest(manifest_bytes)
-    out.mkdir(parents=True, exist_ok=True)
-    if not _holds(directory, identity):
-        _publish(staging, manifest, manifest_bytes, directory)
-    if not _holds(single, identity):
-        with agent_errors():
+        identity = digest(manifest_bytes)
+        directory, single = out / manifest.name, out / (manifest.name + archive.SUFFIX)
+        out.mkdir(parents=True, exist_ok=True)
+        if not _holds(directory, identity):
+            _publish(staging, manifest, manifest_bytes, directory)
+        if not _holds(single, identity):
             archive.pack(directory, single)
     return Bundle(directory, single, identity, manifest)
 
@@ -95,7 +94,7 @@ def open_bundle(path: Path) -> Iterator[OpenBundle]:
         BadInput: not a bundle, malformed, damaged, or newer than this edgekit understands.
     """
     with tempfile.TemporaryDirectory(prefix="edgekit-") as temporary:
-        with agent_errors():
+        with bundle_errors():
             head = archive.read_head(path)
             if path.is_dir():
                 directory = path
@@ -116,7 +115,7 @@ def inspect(path: Path) -> dict[str, Any]:
     Raises:
         BadInput: not a bundle, malformed, damaged, or newer than this edgekit understands.
     """
-    with open_bundle(path) as opened, agent_errors():
+    with open_bundle(path) as opened, bundle_errors():
         head = archive.read_head(path)
         hint = None if head.signature is None else signature.key_hint(head.signature)
         return {
@@ -131,12 +130,18 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def agent_errors() -> Iterator[None]:
-    """Turn the agent's errors about a bundle into edgekit's own."""
+def bundle_errors() -> Iterator[None]:
+    """Turn the agent's errors about a bundle, and the disk's, into edgekit's own."""
     try:
         yield
     except AgentError as error:
         raise BadInput(error.what, error.why, error.fix) from error
+    except OSError as error:
+        raise BadInput(
+            f"a bundle's file cannot be read or written: {error.filename}",
+            error.strerror or str(error),
+            "check that the disk has space and that you may write there",
+        ) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from device_agent import archive, signature
 from device_agent.manifest import SIGNATURE_NAME
-from edgekit.bundle import agent_errors, open_bundle, write_atomically
+from edgekit.bundle import bundle_errors, open_bundle, write_atomically
 from edgekit.errors import BadInput
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def sign(bundle: Path, key: Path) -> signature.Signer:
         BadInput: the bundle is damaged, or the key is not a usable private key.
     """
     private_key = _load_private_key(key)
-    with open_bundle(bundle) as opened, agent_errors():
+    with open_bundle(bundle) as opened, bundle_errors():
         data = signature.sign(opened.manifest, opened.digest, private_key)
         if bundle.is_dir():
             write_atomically(bundle / SIGNATURE_NAME, data)
@@ -88,7 +88,7 @@ def verify(bundle: Path, key: Path) -> signature.Signer:
     Raises:
         BadInput: it is not signed, another key signed it, or something in it was changed.
     """
-    with agent_errors():
+    with bundle_errors():
         signer = signature.authenticate(archive.read_head(bundle), [signature.load_public_key(key)])
     with open_bundle(bundle):
         return signer

@@ -45,8 +45,8 @@ async def start(path: Path, lifecycle: Lifecycle) -> asyncio.AbstractServer:
     """
     listener = _bind(path)
     lifecycle.bind(asyncio.get_running_loop())
-    sessions = _Sessions(lifecycle)
-    return await asyncio.start_unix_server(sessions.serve, sock=listener, limit=MAX_LINE_BYTES)
+    connections = _Connections(lifecycle)
+    return await asyncio.start_unix_server(connections.serve, sock=listener, limit=MAX_LINE_BYTES)
 
 
 def request(path: Path, message: Mapping[str, Any], on_state: Callable[[str], None]) -> Any:
@@ -170,7 +170,7 @@ _OPERATIONS: Dict[str, _Handler] = {
 # Connections
 
 
-class _Sessions:
+class _Connections:
     """Serves connections; changes and reports have a thread each, so that a long update hides nothing."""
 
     def __init__(self, lifecycle: Lifecycle) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,23 @@ def test_what_cannot_be_packed(tmp_path: Path, staging: Path) -> None:
     with pytest.raises(BadInput, match="link cannot be part"):
         bundle.pack(staging, make_manifest(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_costs_no_bundle(tmp_path: Path, staging: Path) -> None:
+    """If a bundle cannot be written, the error says why and the one before is still whole."""
+    before = bundle.pack(staging, make_manifest(), tmp_path / "out")
+    (staging / "model.onnx").write_bytes(bytes(200_000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(BadInput, match="cannot be read or written"):
+            bundle.pack(staging, make_manifest(), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for form in (before.directory, before.archive):
+        with bundle.open_bundle(form) as opened:
+            assert opened.digest == before.digest
+    assert bundle.pack(staging, make_manifest(), tmp_path / "out").digest != before.digest
 
 
 @pytest.mark.parametrize("form", ["directory", "archive"])
