@@ -21,6 +21,7 @@ from typing import Any
 
 from edgekit.errors import BadInput
 from edgekit.measure import accuracy
+from edgekit.models import Model
 from edgekit.profile import Profile
 from edgekit.recipe import Contract, Recipe
 from edgekit.stages.registry import STAGES, Sources, Stage, validate_config
@@ -76,6 +77,7 @@ def make_plan(sources: Sources, profile: Profile, recipe: Recipe, metric: str) -
     Raises:
         BadInput: the recipe, the model and the profile contradict each other.
     """
+    _check_batch_axis(sources.model)
     precisions = _precisions(recipe, profile)
     size = _size(recipe.contract, sources)
     builder = _Builder(sources, profile)
@@ -148,6 +150,18 @@ class _Builder:
             "tools": {name: importlib.metadata.version(name) for name in stage.libraries},
         }
         return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def _check_batch_axis(model: Model) -> None:
+    """Every input needs the batch as its first axis: free, or fixed at one row."""
+    firsts = {spec.shape[:1] for spec in model.inputs}
+    if firsts not in ({(-1,)}, {(1,)}):
+        shapes = ", ".join(f"'{spec.name}' is {list(spec.shape)}" for spec in model.inputs)
+        raise BadInput(
+            f"the model {model.name} has no batch axis that edgekit can use",
+            f"{shapes} (-1: any size); the first axis of every input has to be free, or 1",
+            "export it with a free batch axis first",
+        )
 
 
 def _precisions(recipe: Recipe, profile: Profile) -> tuple[str, ...]:

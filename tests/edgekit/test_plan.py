@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from stage_testing import dataset, sources, torch_model
 from torch import nn
 
+from device_agent.manifest import TensorSpec
 from edgekit import plan, profile
 from edgekit.errors import BadInput
 from edgekit.plan import Plan, code_digest, make_plan
@@ -225,6 +226,14 @@ def test_a_size_below_one_needs_modules(given_sources: Sources) -> None:
             _plan(other, contract__size=0.5)
         assert "prune" not in _keys(_plan(other))
         assert _plan(other, contract__size=1).size == 1.0
+
+
+@pytest.mark.parametrize("shapes", [[(3, 4)], [()], [(-1, 4), (2, 4)], [(-1, 4), (1, 4)]])
+def test_a_model_without_a_batch_axis_is_refused(given_sources: Sources, shapes: list[Any]) -> None:
+    """A batch frozen at three, a scalar input, or inputs that disagree: refused before any work."""
+    inputs = tuple(TensorSpec(f"x{number}", "FP32", shape) for number, shape in enumerate(shapes))
+    with pytest.raises(BadInput, match="no batch axis"):
+        _plan(replace(given_sources, model=replace(given_sources.model, inputs=inputs)))
 
 
 def test_a_precision_that_the_device_lacks_is_refused(given_sources: Sources) -> None:
