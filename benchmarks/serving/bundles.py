@@ -40,7 +40,8 @@ def write_bundle(
     np.savez(staging / "golden_outputs.npz", y=open_session(model.path).run(["y"], {"x": rows})[0])
     manifest = Manifest(
         schema=1, name=name, version=version, profile="x86-cpu", architecture="x86_64",
-        graph="model.onnx", precision="fp32", inputs=(_spec("x", model.row),), outputs=(_spec("y", model.answer),),
+        graph="model.onnx", precision="fp32",
+        inputs=(_spec("x", model.row),), outputs=(_spec("y", model.answer),),
         max_batch_size=max_batch_size, files=(), engines=(),
         golden=Golden("golden_inputs.npz", "golden_outputs.npz", {"y": _TOLERANCE}), contract=Contract(),
     )  # fmt: skip

@@ -37,6 +37,7 @@ class Outcome:
         lost: requests that were sent whole and never answered.
         unanswered_s: how long those had waited that had no answer when an open loop ended.
         seconds: how long it took.
+        told_to_close: connections whose end the server announced in its last answer.
         dropped: connections that the server closed while nothing was asked on them.
         refused_connections: attempts to connect that were turned away.
         last_answer_s: when the last answer came; zero: never.
@@ -48,6 +49,7 @@ class Outcome:
     failed: int = 0
     lost: int = 0
     seconds: float = 0.0
+    told_to_close: int = 0
     dropped: int = 0
     refused_connections: int = 0
     last_answer_s: float = 0.0
@@ -67,13 +69,13 @@ class Outcome:
             self.failed += 1
 
 
-def ask(address: Address, request: bytes) -> bytes:
+def ask(address: Address, request: bytes, timeout_s: float = _TIMEOUT_S) -> bytes:
     """Send one request on a connection of its own, and return the whole answer.
 
     Raises:
         OSError: nobody answered.
     """
-    with _connect(address) as connection:
+    with _connect(address, timeout_s) as connection:
         connection.sendall(request)
         data = bytearray()
         while True:
@@ -162,6 +164,7 @@ class ClosedLoop:
     def __init__(self, address: Address, requests: Sequence[bytes]) -> None:
         """Connect one client for each of ``requests``; each repeats its own."""
         self.outcome = Outcome()
+        self._asks = True
         self._address = address
         self._requests = dict(enumerate(requests))
         self._epoll = select.epoll()
@@ -191,6 +194,15 @@ class ClosedLoop:
         self.outcome.seconds += perf_counter() - begin
         return self.outcome
 
+    def collect(self, seconds: float = _TIMEOUT_S) -> Outcome:
+        """Ask nothing more, and wait for the answers that are due."""
+        self._asks = False
+        end = perf_counter() + seconds
+        while perf_counter() < end and any(c.waiting for _, c in self._connections.values()):
+            for descriptor, _ in self._epoll.poll(_POLL_S):
+                self._ready(descriptor)
+        return self.outcome
+
     def _ready(self, descriptor: int) -> None:
         client, connection = self._connections[descriptor]
         try:
@@ -210,7 +222,7 @@ class ClosedLoop:
             outcome.record(status, now - connection.asked_s)
         if connection.reader.closes:
             self._ended(client, connection)
-        else:
+        elif self._asks:
             self._ask(client, connection)
 
     def _ask(self, client: int, connection: _Connection) -> None:
@@ -224,10 +236,11 @@ class ClosedLoop:
 
     def _ended(self, client: int, connection: _Connection) -> None:
         self.outcome.lost += connection.waiting
+        self.outcome.told_to_close += connection.reader.closes
         self.outcome.dropped += not connection.waiting and not connection.reader.closes
         del self._connections[connection.sock.fileno()]
         connection.sock.close()
-        fresh = self._open(client)
+        fresh = self._open(client) if self._asks else None
         if fresh is not None:
             self._ask(client, fresh)
 
@@ -355,12 +368,12 @@ class _OpenLoop:
             self._outcome.dropped += 1
 
 
-def _connect(address: Address) -> socket.socket:
-    connection = socket.create_connection(address, timeout=_TIMEOUT_S)
+def _connect(address: Address, timeout_s: float = _TIMEOUT_S) -> socket.socket:
+    connection = socket.create_connection(address, timeout=timeout_s)
     connection.settimeout(None)  # blocking in Python; the kernel keeps the time, which costs nothing
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
-    limit = struct.pack("ll", int(_TIMEOUT_S), 0)
+    limit = struct.pack("ll", int(timeout_s), 0)
     for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
         connection.setsockopt(socket.SOL_SOCKET, option, limit)
     return connection

@@ -13,7 +13,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,11 +55,11 @@ class Server:
 
     Attributes:
         address: where it answers HTTP.
-        first_answer_s: from exec to its first good answer.
+        first_answer_s: from exec until every probe was answered well.
     """
 
-    def __init__(self, launch: Launch, log: Path, probe: bytes) -> None:
-        """Start it, and return when ``probe`` is answered with 200.
+    def __init__(self, launch: Launch, log: Path, probes: Sequence[bytes]) -> None:
+        """Start it, and return when every one of ``probes`` has been answered with 200.
 
         Raises:
             ServerError: it ended, or did not answer in time; the message has its last words.
@@ -79,7 +79,8 @@ class Server:
                 start_new_session=True,
             )
         try:
-            self._wait_for(probe)
+            for probe in probes:
+                self._wait_for(probe)
         except BaseException:
             self.kill()
             raise
@@ -90,11 +91,9 @@ class Server:
         while time.monotonic() < deadline_s:
             if self._process.poll() is not None:
                 raise ServerError(f"the server ended with {self._process.returncode}: {self._last_words()}")
-            try:
+            with suppress(OSError, wire.WireError):  # not yet
                 if wire.parse(client.ask(self.address, probe)).status == 200:
                     return
-            except (OSError, wire.WireError):
-                pass  # not yet
             time.sleep(_POLL_S)
         raise ServerError(f"the server did not answer in {_START_TIMEOUT_S:g} s: {self._last_words()}")
 
@@ -158,22 +157,20 @@ class Server:
             if not left:
                 break
             for pid in left:
-                try:
+                with suppress(ProcessLookupError):  # it ended by itself
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass  # it ended by itself
             time.sleep(_KILL_PAUSE_S)
         self._process.wait()
 
 
 @contextmanager
-def running(launch: Launch, log: Path, probe: bytes) -> Iterator[Server]:
+def running(launch: Launch, log: Path, probes: Sequence[bytes]) -> Iterator[Server]:
     """A server for the length of a ``with`` block.
 
     Raises:
         ServerError: it did not start.
     """
-    server = Server(launch, log, probe)
+    server = Server(launch, log, probes)
     try:
         yield server
     finally:

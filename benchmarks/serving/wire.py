@@ -106,11 +106,11 @@ def oip_infer(model: str, row: Array, timeout_us: int | None = None) -> bytes:
     return _oip(model, {"inputs": [tensor], "parameters": parameters}, row.tobytes())
 
 
-def oip_infer_shared(model: str, row: Array, region_in: str, region_out: str, answer_bytes: int) -> bytes:
-    """One row that lies in ``region_in``, with the answer to be put into ``region_out``."""
-    tensor = {**_tensor(row), "parameters": _region(region_in, row.nbytes)}
-    output = {"name": "y", "parameters": _region(region_out, answer_bytes)}
-    return _oip(model, {"inputs": [tensor], "outputs": [output]}, b"")
+def oip_infer_shared(model: str, row: Array, region: str, answer_at: int, answer_bytes: int) -> bytes:
+    """One row that lies at the start of ``region``, with the answer to be put at ``answer_at``."""
+    tensor = {**_tensor(row), "parameters": _place(region, row.nbytes)}
+    place = {**_place(region, answer_bytes), "shared_memory_offset": answer_at}
+    return _oip(model, {"inputs": [tensor], "outputs": [{"name": "y", "parameters": place}]}, b"")
 
 
 def oip_register(region: str, key: str, byte_size: int) -> bytes:
@@ -136,7 +136,7 @@ def _tensor(row: Array) -> dict[str, Any]:
     return {"name": "x", "datatype": "FP32", "shape": list(row.shape)}
 
 
-def _region(name: str, byte_size: int) -> dict[str, Any]:
+def _place(name: str, byte_size: int) -> dict[str, Any]:
     return {"shared_memory_region": name, "shared_memory_byte_size": byte_size}
 
 

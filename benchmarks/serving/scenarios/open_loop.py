@@ -1,0 +1,110 @@
+"""Requests that come when they come (Poisson), as cameras and people send them.
+
+At a rate that every server can bear, at 80% of our own capacity, and at 120%, where requests name the time
+that they may wait (``timeout``) and a server should refuse what it cannot answer in time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from serving import client, wire
+from serving.bench import Bench, Judged, Result, Rounds, say, settle
+from serving.models import Model
+from serving.peers.base import Peer
+from serving.server import Server
+
+SLO_MS = 50.0
+_TIMEOUT_US = 40_000  # in the queue; the rest of the SLO is for the run and the way
+_SECONDS = 3.0
+_CAPACITY_SECONDS = 1.0
+_GRACE_S = 1.0
+_CLIENTS = 16
+
+
+def open_loop(bench: Bench) -> Result:
+    """99th percentiles at common rates, at 80% and at 120% of our capacity for ``cnn``."""
+    peers = [peer for peer in bench.peers if peer.name != "client"]
+    tiny, cnn = bench.models["tiny"], bench.models["cnn"]
+    with bench.fleet(peers, [tiny, cnn]) as servers:
+        tiny_rates = {p.name: _capacity(bench, s, p, tiny) for p, s in servers.items()}
+        cnn_rates = {p.name: _capacity(bench, s, p, cnn) for p, s in servers.items()}
+        result = Result({"cnn per s, 16 clients": dict(cnn_rates)})
+        capacity = cnn_rates["ours"]
+        for label, model, rate in (
+            ("tiny_common", tiny, 0.5 * min(tiny_rates.values())),
+            ("cnn_common", cnn, 0.5 * min(cnn_rates.values())),
+            ("cnn_80", cnn, 0.8 * capacity),
+        ):
+            _below_capacity(bench, servers, model, rate, label, result)
+        _overload(bench, servers, cnn, capacity, result)
+    return result
+
+
+def _below_capacity(
+    bench: Bench, servers: dict[Peer, Server], model: Model, rate: float, label: str, result: Result
+) -> None:
+    p50_s, p99_s = Rounds(), Rounds()
+    say(f"  {label}: {rate:.0f} a second")
+    for number in range(bench.rounds):
+        arrivals_s = poisson(rate, bench.seconds(_SECONDS), number)
+        for peer, server in servers.items():
+            outcome = client.open_loop(server.address, peer.request(model), arrivals_s, _GRACE_S)
+            waits_s = outcome.latencies_s + outcome.unanswered_s
+            p50_s.add(peer.name, quantile(waits_s, 0.5))
+            p99_s.add(peer.name, quantile(waits_s, 0.99))
+            settle(server)
+    result.table[f"{label} p50 ms at {rate:.0f}/s"] = p50_s.medians(1e3)
+    result.table[f"{label} p99 ms at {rate:.0f}/s"] = p99_s.medians(1e3)
+    others = [peer.name for peer in servers if not peer.is_floor and not peer.name.startswith("ours")]
+    result.judged[f"{label}_p99_over_best_peer"] = Judged(p99_s.ratio("ours", others, "least"), "<", 1.0)
+
+
+def _overload(
+    bench: Bench, servers: dict[Peer, Server], model: Model, capacity: float, result: Result
+) -> None:
+    p99_s, refused, refusal_s, goodput = Rounds(), Rounds(), Rounds(), Rounds()
+    say(f"  cnn_120: {1.2 * capacity:.0f} a second")
+    for number in range(bench.rounds):
+        arrivals_s = poisson(1.2 * capacity, bench.seconds(_SECONDS), number)
+        for peer, server in servers.items():
+            request = wire.oip_infer(model.name, model.row, _TIMEOUT_US) if peer.speaks_oip else None
+            outcome = client.open_loop(server.address, request or peer.request(model), arrivals_s, _GRACE_S)
+            settle(server)
+            waits_s = outcome.latencies_s + outcome.unanswered_s
+            in_time = sum(wait_s <= SLO_MS / 1e3 for wait_s in outcome.latencies_s)
+            p99_s.add(peer.name, quantile(waits_s, 0.99))
+            refused.add(peer.name, len(outcome.refused_s) / len(arrivals_s))
+            refusal_s.add(peer.name, quantile(outcome.refused_s, 0.99) if outcome.refused_s else 0.0)
+            goodput.add(peer.name, in_time / outcome.seconds / capacity)
+    result.table["cnn_120 accepted p99 ms"] = p99_s.medians(1e3)
+    result.table["cnn_120 refused share"] = refused.medians()
+    result.table["cnn_120 refusal p99 ms"] = refusal_s.medians(1e3)
+    result.table["cnn_120 goodput of our capacity"] = goodput.medians()
+    result.judged["cnn_120_accepted_p99_ms"] = Judged(p99_s.medians(1e3).get("ours"), "<=", SLO_MS)
+    result.judged["cnn_120_goodput"] = Judged(goodput.medians().get("ours"), ">=", 0.9)
+    result.notes.append(
+        f"120%: the SLO is {SLO_MS:g} ms; requests in the protocol carry timeout={_TIMEOUT_US} us"
+    )
+
+
+def poisson(rate: float, seconds: float, seed: int) -> list[float]:
+    """Ascending times of a Poisson process of ``rate`` a second, for ``seconds``."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate, size=math.ceil(rate * seconds))
+    times: list[float] = np.cumsum(gaps).tolist()
+    return times
+
+
+def quantile(values: Sequence[float], fraction: float) -> float:
+    """The smallest value that ``fraction`` of ``values`` do not exceed; infinite if there are none."""
+    if not values:
+        return math.inf
+    return sorted(values)[math.ceil(fraction * len(values)) - 1]
+
+
+def _capacity(bench: Bench, server: Server, peer: Peer, model: Model) -> float:
+    with client.ClosedLoop(server.address, [peer.request(model)] * _CLIENTS) as loop:
+        return loop.run(bench.seconds(_CAPACITY_SECONDS)).rate
