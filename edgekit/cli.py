@@ -43,12 +43,24 @@ def main() -> None:
             raise
         _print_error(error.what, error.why, error.fix)
         sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
     except click.ClickException as error:
         _print_usage_error(error)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         _print_error("interrupted", "Ctrl-C", "run the same command again: finished stages are reused")
         sys.exit(_INTERRUPTED)
+    except Exception as error:  # a mistake of ours, or trouble of the machine's
+        if debug:
+            raise
+        _print_error(
+            f"unexpected {type(error).__name__}",
+            str(error) or "it has no message",
+            "run it again as `edgekit --debug ...`, and report what that shows",
+        )
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
