@@ -14,6 +14,8 @@ Array = npt.NDArray[np.generic]
 
 #: Operators with weights or two operands, where the multiply-accumulates of a network are.
 LINEAR = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
+#: Operators that run over time steps; they stay in float.
+RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
 
 
 class Index:

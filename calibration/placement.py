@@ -8,7 +8,7 @@ from onnx import ModelProto, NodeProto
 
 from calibration.eligibility import reason_to_keep
 from calibration.errors import CalibrationError
-from calibration.graph import LINEAR, Index, subgraphs, walk_graphs
+from calibration.graph import LINEAR, RECURRENT, Index, subgraphs, walk_graphs
 from calibration.layouts import Placement, integer_islands, quantized_inputs
 from calibration.targets import TARGETS, Target
 
@@ -36,6 +36,8 @@ def place(model: ModelProto, target: Target, exclude: Iterable[str] = ()) -> Pla
                 linear.append(node)
             else:
                 kept[node.name] = reason
+        elif node.op_type in RECURRENT:
+            kept[node.name] = f"{node.op_type} runs over time steps"
     kept.update(_inside_bodies(model))
     layout = integer_islands if target.ends_in_integers else quantized_inputs
     return layout(index, linear, kept)
@@ -66,7 +68,7 @@ def _inside_bodies(model: ModelProto) -> dict[str, str]:
         for body in subgraphs(node):
             for graph in walk_graphs(body):
                 for i, inner in enumerate(graph.node):
-                    if inner.op_type in LINEAR:
+                    if inner.op_type in LINEAR | RECURRENT:
                         name = f"{node.name}/{inner.name or f'{inner.op_type}_{i}'}"
                         found[name] = f"inside the body of a {node.op_type}"
     return found

@@ -29,7 +29,7 @@ class Report:
         target: the runtime.
         quantized: names of the linear operators in int8.
         joined: names of the other operators in int8.
-        kept_float: linear operators in float, each with the reason.
+        kept_float: linear and recurrent operators in float, each with the reason.
         float_operators: how many operators stay in float, linear ones included.
         int8_macs_fraction: share of the multiply-accumulates in int8; None where the model has none.
     """

@@ -28,7 +28,7 @@ def calibrate(
 
     Memory does not grow with the number of samples, and the result depends neither on how they are
     batched nor on their order. Rows of a batch are run one by one; where the model takes an
-    ``attention_mask``, the padding at the end of each row is cut off first.
+    ``attention_mask``, the padding at the end of each row does not reach the observers.
 
     Args:
         model: a float model; it is prepared first (see ``prepare``).

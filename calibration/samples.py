@@ -26,7 +26,7 @@ class Signature:
         dtypes: by input name.
         shapes: by input name; an int, or a symbol or None where the axis is free.
         batched: whether axis 0 of every input is the same free axis, so that rows can be run one by one.
-        mask: name of the padding mask, where there is one whose last axis is free.
+        mask: name of the padding mask, where there is one.
     """
 
     dtypes: Mapping[str, np.dtype[np.generic]]
@@ -46,14 +46,13 @@ def signature(model: ModelProto) -> Signature:
         value.name: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
         for value in inputs
     }
-    return Signature(dtypes, shapes, batched, mask if batched else None)
+    return Signature(dtypes, shapes, batched, mask)
 
 
 def _is_mask(value: onnx.ValueInfoProto) -> bool:
     shape = dims(value)
     kind = value.type.tensor_type.elem_type
-    free = len(shape) == 2 and not isinstance(shape[1], int)
-    return value.name == MASK_INPUT and kind in _MASK_TYPES and free
+    return value.name == MASK_INPUT and kind in _MASK_TYPES and len(shape) == 2
 
 
 def check(sample: Mapping[str, Array], expected: Signature, position: int) -> None:
@@ -97,28 +96,36 @@ def rows(sample: Mapping[str, Array], expected: Signature) -> Iterator[dict[str,
     """Cut a sample into rows of batch 1, each without the padding at its end.
 
     Rows are run one by one because float kernels may differ in the last bit between batch sizes:
-    this way the scales do not depend on how the samples were batched.
+    this way the scales do not depend on how the samples were batched. Where the batch is not free, the
+    sample is one row.
     """
     if not expected.batched:
-        yield dict(sample)
+        yield _without_padding(dict(sample), expected)
         return
     for i in range(len(sample[next(iter(expected.shapes))])):
-        row = {name: value[i : i + 1] for name, value in sample.items()}
-        yield _trimmed(row, expected)
+        yield _without_padding({name: value[i : i + 1] for name, value in sample.items()}, expected)
 
 
-def _trimmed(row: dict[str, Array], expected: Signature) -> dict[str, Array]:
-    """Cut the trailing padding off every input that has the mask's free axes."""
+def _without_padding(row: dict[str, Array], expected: Signature) -> dict[str, Array]:
+    """Keep the padding at a row's end from the observers.
+
+    Where the length is free it is cut off. Where it is fixed, the row is repeated until it fills the length.
+    """
     if expected.mask is None:
         return row
     mask = row[expected.mask]
-    kept = np.flatnonzero(mask[0])
-    length = int(kept[-1]) + 1 if kept.size else mask.shape[1]
-    symbols = list(expected.shapes[expected.mask])
-    return {
-        name: value[:, :length] if list(expected.shapes[name]) == symbols else value
-        for name, value in row.items()
-    }
+    shape = list(expected.shapes[expected.mask])
+    padded = [name for name in row if list(expected.shapes[name]) == shape]
+    lengths = [int(np.flatnonzero(line)[-1]) + 1 if line.any() else line.size for line in mask]
+    if isinstance(shape[1], int):
+        return row | {name: _repeated(row[name], lengths) for name in padded}
+    return row | {name: row[name][:, : max(lengths)] for name in padded}
+
+
+def _repeated(values: Array, lengths: Sequence[int]) -> Array:
+    """Each line's first values over again, to the end of the line."""
+    lines = [np.resize(line[:length], line.size) for line, length in zip(values, lengths, strict=True)]
+    return np.stack(lines)
 
 
 def _misfit(position: int, why: str) -> CalibrationError:

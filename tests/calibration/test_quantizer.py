@@ -218,6 +218,30 @@ def test_nothing_to_quantize_is_an_error() -> None:
         quantize(model, scales)
 
 
+def test_recurrent_operators_are_named_and_counted() -> None:
+    """An LSTM stays in float with a note, and its compute counts against the share of int8."""
+    rng = np.random.default_rng(0)
+    model = build(
+        [
+            helper.make_node("LSTM", ["x", "w", "r"], ["", "h"], name="memory", hidden_size=4),
+            helper.make_node("Squeeze", ["h", "axis"], ["flat"], name="squeeze"),
+            helper.make_node("MatMul", ["flat", "out"], ["y"], name="head"),
+        ],
+        {"x": (TensorProto.FLOAT, [5, 1, 3])},
+        {"y": [1, 2]},
+        {
+            "w": rng.normal(0, 1, (1, 16, 3)).astype(np.float32),
+            "r": rng.normal(0, 1, (1, 16, 4)).astype(np.float32),
+            "axis": np.array([0], np.int64),
+            "out": rng.normal(0, 1, (4, 2)).astype(np.float32),
+        },
+    )
+    feed = {"x": rng.normal(0, 1, (5, 1, 3)).astype(np.float32)}
+    report = quantize(model, calibrate(model, [feed])).report
+    assert report.kept_float == {"memory": "LSTM runs over time steps"}
+    assert report.int8_macs_fraction == pytest.approx(8 / (8 + 5 * 16 * 7))
+
+
 def test_scales_of_another_model_are_refused(residual_cnn: ModelProto) -> None:
     """Scales without a range for one of the model's tensors are refused by that tensor's name."""
     with pytest.raises(CalibrationError, match="no range for tensor"):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from graphs import build
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from calibration import CalibrationError, calibrate
 from calibration.observers import OBSERVERS
@@ -49,6 +49,23 @@ def test_padding_does_not_reach_the_observers(attention: ModelProto, tokens: dic
     wide = [{name: np.pad(v, ((0, 0), (0, 9))) for name, v in tokens.items()}]
     assert calibrate(attention, [tokens]) == calibrate(attention, bare)
     assert calibrate(attention, wide) == calibrate(attention, bare)
+
+
+def test_padding_of_a_fixed_length_does_not_reach_the_observers(
+    attention: ModelProto, tokens: dict[str, np.ndarray]
+) -> None:
+    """In a model of fixed length the padding is replaced by the row's own tokens: token 0 is never seen."""
+    fixed = ModelProto()
+    fixed.CopyFrom(attention)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[1].dim_value = 12
+    table = next(t for t in fixed.graph.initializer if t.name == "table")
+    values = numpy_helper.to_array(table).copy()
+    values[0] = 1000.0  # the padding token's row
+    table.raw_data = values.tobytes()
+    scales = calibrate(fixed, [tokens])
+    assert scales.tensors["x"].hi < 10
+    assert scales.tensors["x"].elements == 6 * 12 * 16
 
 
 def test_infinite_masks_are_not_an_error(attention: ModelProto, tokens: dict[str, np.ndarray]) -> None:
