@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto
 
 from calibration.errors import CalibrationError
-from calibration.graph import Array, Index, Names
+from calibration.graph import Array, Index
 from calibration.histogram import Extremes, Histogram
+from calibration.instrument import Instrument
 from calibration.macs import MacCounter
 from calibration.observers import Collected
 from calibration.placement import observed_tensors
@@ -28,12 +29,16 @@ _FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
-class _Fetch:
-    """One tensor and the names of its outputs in the instrumented graph."""
+class _Extremes:
+    """Names of the outputs that show a tensor's size, smallest and largest value, and perhaps its sum.
 
-    tensor: str
-    critical: bool
-    names: tuple[str, ...]
+    NaN and infinity anywhere in a tensor show in its sum.
+    """
+
+    size: str
+    lo: str
+    hi: str
+    total: str | None
 
 
 class Probe:
@@ -43,32 +48,46 @@ class Probe:
         model: from ``prepare``.
         needs_values: whether histograms of the tensors that may be quantized are wanted.
         threads: for ONNX Runtime and the histograms; 0 leaves the choice to them.
+        max_memory_bytes: how much the tensors that leave the model at once may take; where they need more,
+            each row runs several times, and a slice of them leaves it each time.
 
     Attributes:
         collected: what is known of each float activation.
         macs: multiply-accumulates so far.
     """
 
-    def __init__(self, model: ModelProto, *, needs_values: bool, threads: int) -> None:
+    def __init__(
+        self, model: ModelProto, *, needs_values: bool, threads: int, max_memory_bytes: int | None
+    ) -> None:
         self._model = model
+        self._threads = threads
+        self._max_memory_bytes = max_memory_bytes
         index = Index(model)
         critical = observed_tensors(model)
         produced = [name for node in model.graph.node for name in node.output]
         floats = [name for name in (*_inputs(model), *produced) if index.is_float_activation(name)]
+        self._whole = [name for name in floats if needs_values and name in critical]
         self.collected: dict[str, Collected] = {
             name: Histogram() if needs_values and name in critical else Extremes() for name in floats
         }
         self.macs = MacCounter(model)
-        editor = _Editor(model)
-        self._fetches = [
-            editor.values(name) if needs_values and name in critical else editor.extremes(name, critical)
+        instrument = Instrument(model)
+        self._extremes = {
+            name: _Extremes(
+                instrument.size(name),
+                instrument.reduce("ReduceMin", name),
+                instrument.reduce("ReduceMax", name),
+                instrument.reduce("ReduceSum", name) if name in critical else None,
+            )
             for name in floats
-        ]
-        self._shapes = {name: editor.shape(name) for name in self.macs.tensors}
-        self._threads = threads
+            if name not in self._whole
+        }
+        self._shapes = {name: instrument.shape(name) for name in self.macs.tensors}
+        self._sizes = {name: instrument.size(name) for name in self._whole}
+        for name in self._whole:
+            instrument.values(name)
+        self._session = open_session(instrument.model, threads)
         self._pool = ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 8))
-        self._session = open_session(editor.model, threads)
-        self._wanted = [name for fetch in self._fetches for name in fetch.names] + list(self._shapes.values())
 
     def __enter__(self) -> Probe:
         return self
@@ -77,83 +96,86 @@ class Probe:
         self._pool.shutdown()
 
     def run(self, row: Mapping[str, Array], position: int) -> None:
-        """Run one row and collect what it shows."""
+        """Run one row and collect what it shows.
+
+        Raises:
+            CalibrationError: the model does not run on it, or a tensor that may be quantized holds NaN or
+                infinity.
+        """
+        small = [*self._shapes.values(), *self._sizes.values()]
+        for extremes in self._extremes.values():
+            small += [name for name in (extremes.size, extremes.lo, extremes.hi, extremes.total) if name]
+        at_once = self._whole if self._max_memory_bytes is None else []
+        fetched = self._fetch([*small, *at_once], row, position)
+        self.macs.add({name: tuple(fetched[output].tolist()) for name, output in self._shapes.items()})
+        for tensor, extremes in self._extremes.items():
+            self._show_extremes(tensor, extremes, fetched, row, position)
+        if at_once:
+            self._show_whole({name: fetched[name] for name in at_once}, position)
+        else:
+            sizes = {name: 4 * int(fetched[output]) for name, output in self._sizes.items()}
+            for part in self._slices(sizes):
+                self._show_whole(self._fetch(part, row, position), position)
+
+    def _fetch(self, names: list[str], row: Mapping[str, Array], position: int) -> dict[str, Array]:
         try:
-            fetched = dict(zip(self._wanted, self._session.run(self._wanted, dict(row)), strict=True))
+            return dict(zip(names, self._session.run(names, dict(row)), strict=True))
         except Exception as error:  # ONNX Runtime's errors share no base class below Exception
             raise CalibrationError(
                 f"the model does not run on sample {position}",
                 str(error).strip().splitlines()[0],
                 "try the float model on that sample alone",
             ) from error
-        sizes = {name: tuple(fetched[output].tolist()) for name, output in self._shapes.items()}
-        shown = (
-            self._pool.submit(self._show, fetch, [fetched[name] for name in fetch.names], row, position)
-            for fetch in self._fetches
-        )
-        for result in list(shown):
-            result.result()
-        self.macs.add(sizes)
 
-    def _show(self, fetch: _Fetch, found: list[Array], row: Mapping[str, Array], position: int) -> None:
-        collected = self.collected[fetch.tensor]
-        if isinstance(collected, Histogram):
-            if not np.isfinite(found[0]).all():
-                raise _not_finite(fetch.tensor, position)
-            collected.update(found[0].astype(np.float32, copy=False))
+    def _slices(self, sizes_bytes: Mapping[str, int]) -> Iterator[list[str]]:
+        """Cut the tensors into parts that fit the memory together; one that does not fit goes alone."""
+        part: list[str] = []
+        used = 0
+        for name, size in sizes_bytes.items():
+            if part and used + size > (self._max_memory_bytes or 0):
+                yield part
+                part, used = [], 0
+            part.append(name)
+            used += size
+        if part:
+            yield part
+
+    def _show_whole(self, tensors: Mapping[str, Array], position: int) -> None:
+        """Count tensors into their histograms, several at a time."""
+        waiting = [self._pool.submit(self._count, name, values, position) for name, values in tensors.items()]
+        for result in waiting:
+            result.result()
+
+    def _count(self, tensor: str, values: Array, position: int) -> None:
+        if not np.isfinite(values).all():
+            raise _not_finite(tensor, position)
+        self.collected[tensor].update(values.astype(np.float32, copy=False))
+
+    def _show_extremes(
+        self,
+        tensor: str,
+        extremes: _Extremes,
+        fetched: Mapping[str, Array],
+        row: Mapping[str, Array],
+        position: int,
+    ) -> None:
+        elements = int(fetched[extremes.size])
+        if elements == 0:
             return
-        if found[0] == 0:
-            return
-        if fetch.critical and not all(math.isfinite(value) for value in found):
-            self._check_values(fetch.tensor, row, position)
-        if not math.isnan(found[1]) and not math.isnan(found[2]):
-            lo, hi = (min(max(float(value), -_FLOAT_MAX), _FLOAT_MAX) for value in found[1:3])
-            collected.merge(lo, hi, int(found[0]))
+        lo, hi = float(fetched[extremes.lo]), float(fetched[extremes.hi])
+        if extremes.total is not None and not np.isfinite((lo, hi, float(fetched[extremes.total]))).all():
+            self._check_values(tensor, row, position)
+        if not math.isnan(lo) and not math.isnan(hi):
+            lo, hi = (min(max(value, -_FLOAT_MAX), _FLOAT_MAX) for value in (lo, hi))
+            self.collected[tensor].merge(lo, hi, elements)
 
     def _check_values(self, tensor: str, row: Mapping[str, Array], position: int) -> None:
         """Look at the tensor itself: a sum can overflow where every value is finite."""
-        editor = _Editor(self._model)
-        output = editor.values(tensor).names[0]
-        values = open_session(editor.model, self._threads).run([output], dict(row))[0]
+        instrument = Instrument(self._model)
+        output = instrument.values(tensor)
+        values = open_session(instrument.model, self._threads).run([output], dict(row))[0]
         if not np.isfinite(values).all():
             raise _not_finite(tensor, position)
-
-
-class _Editor:
-    """Adds outputs to a copy of a model."""
-
-    def __init__(self, model: ModelProto) -> None:
-        self.model = ModelProto()
-        self.model.CopyFrom(model)
-        del self.model.graph.output[:]
-        self._names = Names(model)
-
-    def values(self, tensor: str) -> _Fetch:
-        """Return the tensor itself."""
-        self.model.graph.output.append(helper.make_empty_tensor_value_info(tensor))
-        return _Fetch(tensor, True, (tensor,))
-
-    def extremes(self, tensor: str, critical: frozenset[str]) -> _Fetch:
-        """Return its size, its smallest and largest value and, where it matters, its sum: NaN shows there."""
-        kinds = ["Size", "ReduceMin", "ReduceMax"] + ["ReduceSum"] * (tensor in critical)
-        return _Fetch(tensor, tensor in critical, tuple(self._reduce(kind, tensor) for kind in kinds))
-
-    def shape(self, tensor: str) -> str:
-        """Return its shape."""
-        return self._add("Shape", tensor, TensorProto.INT64)
-
-    def _reduce(self, kind: str, tensor: str) -> str:
-        if kind == "Size":
-            return self._add(kind, tensor, TensorProto.INT64)
-        return self._add(kind, tensor, TensorProto.FLOAT, keepdims=0)
-
-    def _add(self, kind: str, tensor: str, dtype: int, **attributes: int) -> str:
-        output = self._names.fresh(f"{tensor}_{kind}")
-        node = helper.make_node(kind, [tensor], [output], name=output)
-        node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
-        self.model.graph.node.append(node)
-        self.model.graph.output.append(helper.make_tensor_value_info(output, dtype, None))
-        return output
 
 
 def _inputs(model: ModelProto) -> list[str]:

@@ -22,6 +22,7 @@ def calibrate(
     observer: str = "minmax",
     percentile: float = DEFAULT_PERCENTILE,
     threads: int = 0,
+    max_memory_bytes: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Scales:
     """Find the range of every activation of a model.
@@ -36,6 +37,8 @@ def calibrate(
         observer: ``minmax``, ``percentile``, ``mse`` (least squared error) or ``entropy``.
         percentile: with ``percentile``, the share of values to keep on each side.
         threads: for ONNX Runtime; 0 leaves the choice to it.
+        max_memory_bytes: how much the tensors that leave the model for their histograms may take at once;
+            where a row's need more, the row runs several times. None: no limit.
         progress: called after each sample with the number of rows done.
 
     Returns:
@@ -47,7 +50,7 @@ def calibrate(
             already.
     """
     kinds = [observer_named(observer, percentile=percentile)]
-    return _calibrate(model, samples, kinds, threads, progress)[0]
+    return _calibrate(model, samples, kinds, threads, max_memory_bytes, progress)[0]
 
 
 def calibrate_each(
@@ -57,11 +60,12 @@ def calibrate_each(
     *,
     percentile: float = DEFAULT_PERCENTILE,
     threads: int = 0,
+    max_memory_bytes: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Scales]:
     """The scales of several observers from one pass over the samples; otherwise as ``calibrate``."""
     kinds = [observer_named(name, percentile=percentile) for name in observers]
-    found = _calibrate(model, samples, kinds, threads, progress)
+    found = _calibrate(model, samples, kinds, threads, max_memory_bytes, progress)
     return dict(zip(observers, found, strict=True))
 
 
@@ -70,13 +74,16 @@ def _calibrate(
     samples: Iterable[Mapping[str, Array]],
     observers: Sequence[Observer],
     threads: int,
+    max_memory_bytes: int | None,
     progress: Callable[[int], None] | None,
 ) -> list[Scales]:
     prepared = prepare(model)
     expected = signature(prepared)
     needs_values = any(observer.needs_values for observer in observers)
     done = 0
-    with Probe(prepared, needs_values=needs_values, threads=threads) as probe:
+    with Probe(
+        prepared, needs_values=needs_values, threads=threads, max_memory_bytes=max_memory_bytes
+    ) as probe:
         for position, sample in enumerate(samples):
             check(sample, expected, position)
             for row in rows(sample, expected):

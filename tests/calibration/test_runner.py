@@ -26,6 +26,14 @@ def test_batching_and_order_do_not_matter(
     assert expected.samples == 24
 
 
+def test_memory_slices_change_nothing(residual_cnn: ModelProto, images: np.ndarray) -> None:
+    """With little memory a row runs in slices, and the scales are the same."""
+    whole = calibrate(residual_cnn, [{"image": images[:4]}], observer="mse")
+    for limit in (1, 10_000):
+        found = calibrate(residual_cnn, [{"image": images[:4]}], observer="mse", max_memory_bytes=limit)
+        assert found == whole
+
+
 def test_ranges_are_the_tensors_own(residual_cnn: ModelProto, images: np.ndarray) -> None:
     """Min-max finds the smallest and the largest value of inputs and activations."""
     scales = calibrate(residual_cnn, [{"image": images}])
