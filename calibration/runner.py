@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from onnx import ModelProto
 
+from calibration.checkpoint import Checkpoint, Progress
 from calibration.errors import CalibrationError
 from calibration.graph import Array
 from calibration.observers import DEFAULT_PERCENTILE, Observer, observer_named
@@ -23,6 +26,8 @@ def calibrate(
     percentile: float = DEFAULT_PERCENTILE,
     threads: int = 0,
     max_memory_bytes: int | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every_s: float = 30.0,
     progress: Callable[[int], None] | None = None,
 ) -> Scales:
     """Find the range of every activation of a model.
@@ -39,6 +44,9 @@ def calibrate(
         threads: for ONNX Runtime; 0 leaves the choice to it.
         max_memory_bytes: how much the tensors that leave the model for their histograms may take at once;
             where a row's need more, the row runs several times. None: no limit.
+        checkpoint: a file for what was collected so far; after a crash, the same call with the same samples
+            goes on from there. It is removed at the end.
+        checkpoint_every_s: seconds between two writes of it.
         progress: called after each sample with the number of rows done.
 
     Returns:
@@ -49,8 +57,8 @@ def calibrate(
             that would be quantized (the tensor and the sample are named), or a model that is quantized
             already.
     """
-    kinds = [observer_named(observer, percentile=percentile)]
-    return _calibrate(model, samples, kinds, threads, max_memory_bytes, progress)[0]
+    run = _Run(threads, max_memory_bytes, checkpoint, checkpoint_every_s, progress)
+    return run.scales(model, samples, [observer_named(observer, percentile=percentile)])[0]
 
 
 def calibrate_each(
@@ -61,43 +69,70 @@ def calibrate_each(
     percentile: float = DEFAULT_PERCENTILE,
     threads: int = 0,
     max_memory_bytes: int | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every_s: float = 30.0,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Scales]:
     """The scales of several observers from one pass over the samples; otherwise as ``calibrate``."""
     kinds = [observer_named(name, percentile=percentile) for name in observers]
-    found = _calibrate(model, samples, kinds, threads, max_memory_bytes, progress)
+    run = _Run(threads, max_memory_bytes, checkpoint, checkpoint_every_s, progress)
+    found = run.scales(model, samples, kinds)
     return dict(zip(observers, found, strict=True))
 
 
-def _calibrate(
-    model: ModelProto,
-    samples: Iterable[Mapping[str, Array]],
-    observers: Sequence[Observer],
-    threads: int,
-    max_memory_bytes: int | None,
-    progress: Callable[[int], None] | None,
-) -> list[Scales]:
-    prepared = prepare(model)
-    expected = signature(prepared)
-    needs_values = any(observer.needs_values for observer in observers)
-    done = 0
-    with Probe(
-        prepared, needs_values=needs_values, threads=threads, max_memory_bytes=max_memory_bytes
-    ) as probe:
+@dataclass(frozen=True)
+class _Run:
+    """The settings of one pass over the samples; they do not change its result."""
+
+    threads: int
+    max_memory_bytes: int | None
+    checkpoint: Path | None
+    checkpoint_every_s: float
+    progress: Callable[[int], None] | None
+
+    def scales(
+        self, model: ModelProto, samples: Iterable[Mapping[str, Array]], observers: Sequence[Observer]
+    ) -> list[Scales]:
+        """Show all samples to a probe, and let each observer choose its ranges."""
+        prepared = prepare(model)
+        needs_values = any(observer.needs_values for observer in observers)
+        with Probe(
+            prepared,
+            needs_values=needs_values,
+            threads=self.threads,
+            max_memory_bytes=self.max_memory_bytes,
+        ) as probe:
+            rows_done = self._show(prepared, samples, probe)
+        if rows_done == 0:
+            raise CalibrationError(
+                "there are no calibration samples",
+                "the scales of activations come from real data",
+                "give at least one sample; a hundred or more is usual",
+            )
+        return [_scales(probe, observer, rows_done) for observer in observers]
+
+    def _show(self, prepared: ModelProto, samples: Iterable[Mapping[str, Array]], probe: Probe) -> int:
+        """Run every sample, after those that a checkpoint holds already; the number of rows."""
+        expected = signature(prepared)
+        saved = None
+        if self.checkpoint is not None:
+            saved = Checkpoint(self.checkpoint, prepared, probe, self.checkpoint_every_s)
+        start = saved.restore() if saved else Progress(0, 0)
+        done = start.rows
         for position, sample in enumerate(samples):
+            if position < start.samples:
+                continue
             check(sample, expected, position)
             for row in rows(sample, expected):
                 probe.run(row, position)
                 done += 1
-            if progress is not None:
-                progress(done)
-    if done == 0:
-        raise CalibrationError(
-            "there are no calibration samples",
-            "the scales of activations come from real data",
-            "give at least one sample; a hundred or more is usual",
-        )
-    return [_scales(probe, observer, done) for observer in observers]
+            if saved:
+                saved.tick(Progress(position + 1, done))
+            if self.progress is not None:
+                self.progress(done)
+        if saved:
+            saved.remove()
+        return done
 
 
 def _scales(probe: Probe, observer: Observer, samples: int) -> Scales:
