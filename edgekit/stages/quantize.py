@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from edgekit.data import Dataset
 from edgekit.errors import BadInput
 from edgekit.measure import graph as graph_facts
 from edgekit.profile import Profile
@@ -18,6 +19,9 @@ from edgekit.stages.registry import Inputs
 from edgekit.tensors import Arrays
 
 SCALES_FILE = "scales.json"
+#: ``auto`` judges the observers on every so-manieth calibration sample, which it does not calibrate on.
+_JUDGE_EVERY = 8
+_MOST_JUDGES = 32
 
 
 class Config(BaseModel):
@@ -53,21 +57,30 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
 
 
 def _to_int8(graph: Any, inputs: Inputs, settings: Quantize, out: Path) -> tuple[Any, dict[str, Any]]:
-    from calibration import calibrate, quantize
+    from calibration import calibrate, choose, quantize
 
     count = inputs.sources.calib.count
     total = settings.max_samples if count is None else min(count, settings.max_samples)
-    scales = calibrate(
-        graph,
-        _samples(inputs, settings.max_samples),
-        observer=settings.observer,
-        percentile=settings.percentile,
-        progress=lambda done: inputs.tick(done, total),
-    )
+    options: dict[str, Any] = {
+        "percentile": settings.percentile,
+        "progress": lambda done: inputs.tick(done, total),
+    }
+    calib, judges = inputs.sources.calib.take(settings.max_samples), list[Arrays]()
+    scores: dict[str, float] = {}
+    if settings.observer == "auto":
+        calib, held_out = calib.split(_JUDGE_EVERY)
+        judges = list(_rows(held_out.take(_MOST_JUDGES)))
+    if judges:
+        choice = choose(graph, _rows(calib), judges, **options)
+        scales, quantized, scores = choice.scales, choice.quantized, dict(choice.scores)
+    else:
+        observer = "minmax" if settings.observer == "auto" else settings.observer
+        scales = calibrate(graph, _rows(calib), observer=observer, **options)
+        quantized = quantize(graph, scales)
     scales.save(out / SCALES_FILE)
-    quantized = quantize(graph, scales)
     return quantized.model, {
-        "calibrator": settings.observer,
+        "calibrator": scales.observer,
+        "scores_sqnr_db": scores,
         "samples": scales.samples,
         "report": asdict(quantized.report),
     }
@@ -80,7 +93,7 @@ def _to_fp16(graph: Any) -> tuple[Any, dict[str, Any]]:
     return converted, {"calibrator": None, "samples": 0, "report": asdict(report)}
 
 
-def _samples(inputs: Inputs, limit: int) -> Iterator[Arrays]:
-    """Calibration samples as batches of one, so that texts are never padded."""
-    for batch in inputs.sources.calib.take(limit).batches(1):
+def _rows(data: Dataset) -> Iterator[Arrays]:
+    """Samples as batches of one, so that texts are never padded."""
+    for batch in data.batches(1):
         yield batch.inputs
