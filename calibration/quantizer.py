@@ -14,6 +14,7 @@ from calibration.placement import place
 from calibration.prepare import prepare
 from calibration.qdq import write_qdq
 from calibration.scales import Scales
+from calibration.tables import store_tables
 from calibration.targets import target_named
 
 #: Largest integer in a weight, by bits: 7 bits keep u8 x s8 pairs inside the 16-bit sums of processors
@@ -29,6 +30,7 @@ class Report:
         target: the runtime.
         quantized: names of the linear operators in int8.
         joined: names of the other operators in int8.
+        tables: names of the Gather operators whose table is stored in int8; they compute in float.
         kept_float: linear and recurrent operators in float, each with the reason.
         float_operators: how many operators stay in float, linear ones included.
         int8_macs_fraction: share of the multiply-accumulates in int8; None where the model has none.
@@ -37,6 +39,7 @@ class Report:
     target: str
     quantized: tuple[str, ...]
     joined: tuple[str, ...]
+    tables: tuple[str, ...]
     kept_float: Mapping[str, str]
     float_operators: int
     int8_macs_fraction: float | None
@@ -69,7 +72,7 @@ def quantize(
         model: the model that was calibrated.
         scales: from ``calibrate``.
         target: ``onnxruntime`` (CPU) or ``tensorrt`` (8.6 and newer, and TensorRT-RTX).
-        exclude: names of linear operators to keep in float.
+        exclude: names of linear operators, and of Gathers from tables, to keep in float.
         weight_bits: 8, or 7 for x86 processors without VNNI, whose 16-bit sums would saturate.
 
     Raises:
@@ -87,7 +90,8 @@ def quantize(
     placement = place(prepared, runtime, exclude)
     _check(placement, scales)
     result = write_qdq(prepared, scales, placement, runtime, weight_levels=WEIGHT_LEVELS[weight_bits])
-    return Quantized(result, _report(prepared, scales, placement, target))
+    tables = store_tables(result, exclude) if runtime.integer_tables else ()
+    return Quantized(result, _report(prepared, scales, placement, target, tables))
 
 
 def _check(placement: Placement, scales: Scales) -> None:
@@ -107,7 +111,9 @@ def _check(placement: Placement, scales: Scales) -> None:
         )
 
 
-def _report(model: ModelProto, scales: Scales, placement: Placement, target: str) -> Report:
+def _report(
+    model: ModelProto, scales: Scales, placement: Placement, target: str, tables: tuple[str, ...]
+) -> Report:
     total = sum(scales.macs.values())
     in_int8 = sum(count for name, count in scales.macs.items() if name in placement.quantized)
     int8 = len(placement.quantized) + len(placement.joined)
@@ -115,6 +121,7 @@ def _report(model: ModelProto, scales: Scales, placement: Placement, target: str
         target=target,
         quantized=tuple(sorted(placement.quantized)),
         joined=tuple(sorted(placement.joined)),
+        tables=tables,
         kept_float=dict(sorted(placement.kept_float.items())),
         float_operators=len(model.graph.node) - int8,
         int8_macs_fraction=in_int8 / total if total else None,

@@ -21,6 +21,7 @@ class Target:
         integer_bias: whether biases are int32 (else they stay float).
         quantizes_products: whether a MatMul of two activations is worth int8.
         shields_float_layers: whether float layers between int8 ones have to be hidden from the runtime.
+        integer_tables: whether embedding tables may be int8.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Target:
     integer_bias: bool
     quantizes_products: bool
     shields_float_layers: bool
+    integer_tables: bool
 
 
 TARGETS: Mapping[str, Target] = {
@@ -41,6 +43,7 @@ TARGETS: Mapping[str, Target] = {
         integer_bias=True,
         quantizes_products=True,
         shields_float_layers=True,
+        integer_tables=True,
     ),
     # From 8.6 on, and TensorRT-RTX.
     "tensorrt": Target(
@@ -51,6 +54,7 @@ TARGETS: Mapping[str, Target] = {
         integer_bias=False,  # its parser refuses an int32 DequantizeLinear
         quantizes_products=False,  # it fuses attention in half precision
         shields_float_layers=False,
+        integer_tables=False,  # its parser takes quantized constants only before a DequantizeLinear
     ),
 }
 

@@ -90,7 +90,7 @@ def mean_cosine(first: ModelProto, second: ModelProto, texts: list[str]) -> floa
 
 
 def test_int8_keeps_the_embeddings(encoder: ModelProto, sentences: list[str]) -> None:
-    """Calibrated on padded batches, the INT8 encoder's mean cosine to float is at least 0.985."""
+    """Calibrated on padded batches, INT8 keeps a mean cosine of 0.985 at a quarter of the size."""
     samples = [encode(sentences[start : start + 8]) for start in range(0, 48, 8)]
     int8 = quantize(encoder, calibrate(encoder, samples))
     assert mean_cosine(encoder, int8.model, sentences[-32:]) >= 0.985
@@ -98,6 +98,7 @@ def test_int8_keeps_the_embeddings(encoder: ModelProto, sentences: list[str]) ->
     assert len(int8.report.quantized) + len(int8.report.kept_float) == len(weights)
     assert int8.report.int8_macs_fraction is not None
     assert int8.report.int8_macs_fraction > 0.97
+    assert int8.model.ByteSize() < 0.27 * encoder.ByteSize()
 
 
 def test_fp16_keeps_the_embeddings(encoder: ModelProto, sentences: list[str]) -> None:
