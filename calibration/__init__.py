@@ -10,6 +10,7 @@ from calibration.choice import Choice, choose
 from calibration.errors import CalibrationError
 from calibration.fp16 import Fp16Report, to_fp16
 from calibration.prepare import prepare
+from calibration.protection import Protected, protect
 from calibration.quantizer import Quantized, Report, quantize
 from calibration.runner import calibrate, calibrate_each
 from calibration.scales import Scales, TensorRange, load
@@ -21,6 +22,7 @@ __all__ = [
     "Choice",
     "Fp16Report",
     "LayerSensitivity",
+    "Protected",
     "Quantized",
     "Report",
     "Scales",
@@ -31,6 +33,7 @@ __all__ = [
     "layer_precisions",
     "load",
     "prepare",
+    "protect",
     "quantize",
     "read_cache",
     "sensitivity",

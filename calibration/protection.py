@@ -1,0 +1,81 @@
+"""Keeping the layers that hurt most in float, until the model is good enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from onnx import ModelProto
+
+from calibration.graph import Array
+from calibration.prepare import prepare
+from calibration.quantizer import Quantized, quantize
+from calibration.scales import Scales
+from calibration.sensitivity import sensitivity
+
+
+@dataclass(frozen=True)
+class Protected:
+    """An INT8 graph with its worst layers in float.
+
+    Attributes:
+        quantized: the graph and its report.
+        kept: the layers in float, the most harmful first.
+        score: what ``evaluate`` gave for it.
+        met: whether the score was reached.
+    """
+
+    quantized: Quantized
+    kept: tuple[str, ...]
+    score: float
+    met: bool
+
+
+def protect(
+    model: ModelProto,
+    scales: Scales,
+    samples: Iterable[Mapping[str, Array]],
+    evaluate: Callable[[ModelProto], float],
+    at_least: float,
+    *,
+    max_kept: int = 8,
+    target: str = "onnxruntime",
+    weight_bits: int = 8,
+    threads: int = 0,
+) -> Protected:
+    """Quantize, and keep one more layer in float while the score is too low, the most harmful first.
+
+    Args:
+        model: the model that was calibrated.
+        scales: from ``calibrate``.
+        samples: a handful, for ``sensitivity``; read only where the whole INT8 model is not good enough.
+        evaluate: the task's metric of a model, higher is better.
+        at_least: the score to reach.
+        max_kept: how many layers may stay in float at most; at least one layer stays in int8.
+        target: the runtime, as for ``quantize``.
+        weight_bits: 8 or 7, as for ``quantize``.
+        threads: for ONNX Runtime; 0 leaves the choice to it.
+
+    Returns:
+        The first graph that reaches the score, else the best that was seen.
+
+    Raises:
+        CalibrationError: as ``quantize`` and ``sensitivity``.
+    """
+    prepared = prepare(model)
+
+    def attempt(kept: tuple[str, ...]) -> Protected:
+        quantized = quantize(prepared, scales, target, exclude=kept, weight_bits=weight_bits)
+        score = float(evaluate(quantized.model))
+        return Protected(quantized, kept, score, met=score >= at_least)
+
+    best = attempt(())
+    if best.met:
+        return best
+    order = [entry.node for entry in sensitivity(prepared, scales, samples, target, threads=threads)]
+    for count in range(1, min(max_kept, len(order) - 1) + 1):
+        found = attempt(tuple(order[:count]))
+        if found.met:
+            return found
+        best = max(best, found, key=lambda candidate: candidate.score)
+    return best
