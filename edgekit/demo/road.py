@@ -65,7 +65,7 @@ def drive(seed: int, out: Path, progress: Progress, say: Callable[[str], None]) 
 
 def _trained(seed: int, home: Path, progress: Progress) -> tuple[Path, Path, Path]:
     """Weights and data files; trained once, and kept."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialized
 
     from edgekit.demo import digits
 
@@ -82,7 +82,7 @@ def _trained(seed: int, home: Path, progress: Progress) -> tuple[Path, Path, Pat
         )
         progress.end(record)
         unfinished = weights.with_suffix(".tmp")
-        save_file(model.state_dict(), unfinished)
+        unfinished.write_bytes(serialized(model.state_dict()))
         unfinished.replace(weights)
     return weights, calib, held_out
 
