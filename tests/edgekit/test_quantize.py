@@ -59,7 +59,7 @@ def test_int8_answers_like_the_original(exported: Artifact, data: Sources, tmp_p
     assert _cosine(made, exported) > 0.99
     assert made.size_bytes() < exported.size_bytes()
     assert made.metadata["precision"] == "int8"
-    assert made.metadata["samples"] == 20
+    assert made.metadata["samples"] == 18  # two of the twenty judged the observers
     assert json.loads((made.path / "scales.json").read_text())
 
 
