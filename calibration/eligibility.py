@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from onnx import NodeProto
 
-from calibration.graph import Index, array, attribute, integer
+from calibration.graph import Index, attribute, integer
 from calibration.targets import Target
 
 _KEEPS_DISTRIBUTION = frozenset({"Where", "Reshape", "Transpose", "Cast", "Expand", "Squeeze", "Unsqueeze"})
@@ -55,8 +57,8 @@ def _gemm_reason(node: NodeProto, index: Index) -> str | None:
     bias = node.input[2] if len(node.input) > 2 else ""
     if not bias:
         return None
-    columns = array(index.constants[node.input[1]]).shape[weight_axis(node, 2) or 0]
-    if bias not in index.constants or array(index.constants[bias]).size != columns:
+    columns = index.constants[node.input[1]].dims[weight_axis(node, 2) or 0]
+    if bias not in index.constants or math.prod(index.constants[bias].dims) != columns:
         return "its bias is not one constant for each output"
     return None if attribute(node, "beta", 1.0) == 1.0 else "it scales its bias"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from onnx import ModelProto, NodeProto
 
-from calibration.graph import LINEAR, RECURRENT, Index, array, integer
+from calibration.graph import LINEAR, RECURRENT, Index, integer
 
 Shape = tuple[int, ...]
 
@@ -24,7 +24,7 @@ class MacCounter:
         index = Index(model)
         self._nodes = [node for node in model.graph.node if node.op_type in LINEAR | RECURRENT]
         self._constants = {
-            name: tuple(array(index.constants[name]).shape)
+            name: tuple(index.constants[name].dims)
             for node in self._nodes
             for name in node.input
             if name in index.constants

@@ -1,13 +1,15 @@
 """The same function in the form that quantization works on.
 
-Opset 13 or newer, every node named, constants folded, Identity and Dropout gone, BatchNormalization
-fused into the convolution before it, GELU and spatial means spelled as runtimes fuse them, shapes inferred.
+Opset 13 or newer, functions inlined, every node named, constants folded, Identity and Dropout gone,
+BatchNormalization fused into the convolution before it, GELU and spatial means spelled as runtimes fuse
+them, shapes inferred.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from calibration.canonical import rewrite
@@ -75,6 +77,8 @@ def refuse_quantized(model: ModelProto) -> None:
 
 
 def _upgrade(model: ModelProto) -> ModelProto:
+    if model.functions:  # what is inside a function would not be seen
+        model = onnx.inliner.inline_local_functions(model)
     current = opset(model)
     if current >= MIN_OPSET:
         copy = ModelProto()

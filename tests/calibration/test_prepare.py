@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from graphs import build, make_residual_cnn, run
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from calibration import CalibrationError, calibrate, prepare, quantize
 from calibration.graph import opset
@@ -17,7 +17,7 @@ def operators(model: ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
-@pytest.mark.parametrize("version", [9, 11, 13, 18, 20])
+@pytest.mark.parametrize("version", [9, 11, 13, 18, 20, 22])
 def test_function_is_unchanged_for_every_opset(version: int, images: np.ndarray) -> None:
     """A CNN of any opset computes the same after preparation, at opset 13 or newer, without its norms."""
     model = make_residual_cnn(version)
@@ -132,6 +132,23 @@ def test_gelu_keeps_its_values_in_either_spelling(half_first: bool) -> None:
     )
     feed = {"x": np.linspace(-6, 6, 64, dtype=np.float32).reshape(8, 8)}
     np.testing.assert_allclose(run(prepare(model), feed)[0], run(model, feed)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_functions_are_inlined() -> None:
+    """A product inside a local function is seen and quantized like any other."""
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("local", 1)]
+    body = [helper.make_node("MatMul", ["a", "b"], ["c"])]
+    product = helper.make_function("local", "Product", ["a", "b"], ["c"], body, opsets[:1])
+    graph = helper.make_graph(
+        [helper.make_node("Product", ["x", "w"], ["y"], domain="local")],
+        "test",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 2])],
+        [numpy_helper.from_array(np.ones((3, 2), np.float32), "w")],
+    )
+    model = helper.make_model(graph, functions=[product], opset_imports=opsets, ir_version=8)
+    scales = calibrate(model, [{"x": np.ones((1, 3), np.float32)}])
+    assert quantize(model, scales).report.int8_macs_fraction == 1.0
 
 
 def test_quantized_models_are_refused(residual_cnn: ModelProto, images: np.ndarray) -> None:
