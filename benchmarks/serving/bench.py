@@ -15,7 +15,9 @@ from pathlib import Path
 from serving import client, venvs
 from serving.models import Model
 from serving.peers.base import APPS, Peer, app_environment, verify
+from serving.peers.floors import ECHO
 from serving.peers.floors import ENVIRONMENT as BARE_ENVIRONMENT
+from serving.peers.triton import DELAY, DYNAMIC
 from serving.server import SERVER_CORE, Server, ServerError, on_core, running
 
 #: Figure -> server -> value; None: not measured.
@@ -99,9 +101,8 @@ class Bench:
         launch = peer.launch(directory, models)
         probes = [peer.request(model) for model in models]
         with running(launch, directory / "server.log", probes) as server:
-            if peer.name != "client":  # it answers nothing but an echo
-                for model in models:
-                    verify(peer, server, model, client.ask)
+            for model in models:
+                verify(peer, server, model, client.ask)
             yield server
 
     @contextmanager
@@ -114,13 +115,27 @@ class Bench:
                 try:
                     servers[peer] = stack.enter_context(self.start(peer, models))
                 except (ServerError, venvs.EnvironmentFailed, subprocess.SubprocessError) as error:
-                    self.absent[peer.name] = str(error)
-                    say(f"  {peer.name} is left out: {error}")
-            yield servers
+                    self.leave_out(peer, error)
+            try:
+                yield servers
+            finally:
+                for server in servers.values():
+                    server.terminate()  # all at once; the stack then waits for each
+
+    def servers(self) -> list[Peer]:
+        """The peers that run models: all but the one that shows the client's own limit."""
+        return [peer for peer in self.peers if peer is not ECHO]
 
     def products(self) -> list[Peer]:
-        """The peers with one setting of each, for what a setting does not change."""
-        return [p for p in self.peers if p.name not in ("client", "triton-dynamic", "triton-1ms")]
+        """One setting of each server, for what a setting does not change; without those that failed."""
+        return [
+            peer for peer in self.servers() if peer not in (DYNAMIC, DELAY) and peer.name not in self.absent
+        ]
+
+    def leave_out(self, peer: Peer, why: Exception) -> None:
+        """Go on without a peer that does not run here."""
+        self.absent[peer.name] = str(why)
+        say(f"  {peer.name} is left out: {why}")
 
     @contextmanager
     def bare(self) -> Iterator[Bare]:
@@ -194,7 +209,7 @@ class Rounds:
             return None
         choose = min if best == "least" else max
         columns = zip(self._values[name], *present, strict=True)
-        return statistics.median(mine / choose(theirs) for mine, *theirs in columns)
+        return float(statistics.median(mine / choose(theirs) for mine, *theirs in columns))
 
 
 def settle(server: Server) -> None:

@@ -17,7 +17,6 @@ else:
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / ".bench"
-_STAMP = "installed.json"
 _INSTALL_TIMEOUT_S = 1800
 #: The same releases for all.
 ONNXRUNTIME = "onnxruntime==1.32.0"
@@ -39,9 +38,19 @@ class Environment:
     alone: tuple[str, ...] = ()
 
     @property
+    def wanted(self) -> list[str]:
+        """All that is installed by name."""
+        return [*self.requirements, *self.alone]
+
+    @property
     def directory(self) -> Path:
         """Where it is."""
         return HOME / self.name
+
+    @property
+    def stamp(self) -> Path:
+        """Names what is installed, once it is."""
+        return HOME / f"{self.name}.json"
 
     @property
     def python(self) -> Path:
@@ -64,15 +73,16 @@ def prepare(environment: Environment) -> None:
     Raises:
         EnvironmentFailed: pip's last words.
     """
-    wanted = [*environment.requirements, *environment.alone]
-    stamp = environment.directory / _STAMP
+    wanted = environment.wanted
+    stamp = environment.stamp
     if stamp.exists() and json.loads(stamp.read_text()) == wanted:
         return
     print(f"installing {environment.name} into {environment.directory}", file=sys.stderr)
+    stamp.unlink(missing_ok=True)
     shutil.rmtree(environment.directory, ignore_errors=True)
     environment.directory.parent.mkdir(exist_ok=True)
     _run([_interpreter(), "-m", "venv", environment.directory])
-    pip = [environment.python, "-m", "pip", "install", "--quiet"]
+    pip: list[str | Path] = [environment.python, "-m", "pip", "install", "--quiet"]
     _run([*pip, *environment.requirements])
     if environment.alone:
         _run([*pip, "--no-deps", *environment.alone])

@@ -1,4 +1,4 @@
-"""MLServer's runtime on the same session. Tensors travel as Base64 in BYTES: its HTTP door reads JSON only."""
+"""MLServer's runtime on the same session. Its HTTP door reads JSON only, so tensors travel as Base64."""
 
 from mlserver import MLModel
 from mlserver.types import InferenceResponse, ResponseOutput

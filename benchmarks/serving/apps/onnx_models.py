@@ -6,9 +6,12 @@ import base64
 import json
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime
+
+Array = np.ndarray[Any, Any]
 
 #: A JSON object: model name -> {"path": ..., "shape": the shape of one row}.
 VARIABLE = "BENCH_MODELS"
@@ -18,12 +21,13 @@ VARIABLE = "BENCH_MODELS"
 class OnnxModel:
     """A session, and the shape of a row without the batch axis."""
 
-    session: onnxruntime.InferenceSession
+    session: Any
     shape: tuple[int, ...]
 
-    def run(self, rows: np.ndarray) -> np.ndarray:
+    def run(self, rows: Array) -> Array:
         """Answer rows with the batch axis first."""
-        return self.session.run(["y"], {"x": rows})[0]
+        answers: Array = self.session.run(["y"], {"x": rows})[0]
+        return answers
 
     def run_text(self, texts: list[str]) -> list[str]:
         """Answer rows that came as Base64, as one batch."""
@@ -41,9 +45,10 @@ def open_model(path: str, shape: list[int]) -> OnnxModel:
     return OnnxModel(session, tuple(shape))
 
 
-def described() -> dict[str, dict]:
+def described() -> dict[str, dict[str, Any]]:
     """The models that the benchmark asks for."""
-    return json.loads(os.environ[VARIABLE])
+    models: dict[str, dict[str, Any]] = json.loads(os.environ[VARIABLE])
+    return models
 
 
 def open_models() -> dict[str, OnnxModel]:

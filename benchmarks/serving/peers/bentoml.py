@@ -17,7 +17,7 @@ ENVIRONMENT = Environment("bentoml", ("bentoml==1.4.40", *RUNTIME))
 
 def _launch(work: Path, models: Sequence[Model]) -> Launch:
     port = free_port()
-    command = [
+    command: list[str | Path] = [
         ENVIRONMENT.python, "-m", "bentoml", "serve", "bentoml_app:Service", "--working-dir", APPS,
         "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip

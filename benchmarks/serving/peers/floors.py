@@ -19,7 +19,7 @@ ENVIRONMENT = Environment("floors", (*RUNTIME, "aiohttp==3.14.5"))
 def _launch(script: str, *options: str) -> Starter:
     def launch(work: Path, models: Sequence[Model]) -> Launch:
         port = free_port()
-        command = [ENVIRONMENT.python, APPS / script, str(port), *options]
+        command: list[str | Path] = [ENVIRONMENT.python, APPS / script, str(port), *options]
         return Launch(command, port, app_environment(models))
 
     return launch

@@ -18,7 +18,7 @@ ENVIRONMENT = Environment("litserve", ("litserve==0.2.19", *RUNTIME))
 def _launch(work: Path, models: Sequence[Model]) -> Launch:
     port = free_port()
     batched = [model.name for model in models if model.name == "mlp"]
-    command = [ENVIRONMENT.python, APPS / "litserve_app.py", str(port), *batched]
+    command: list[str | Path] = [ENVIRONMENT.python, APPS / "litserve_app.py", str(port), *batched]
     return Launch(command, port, app_environment(models), work)
 
 

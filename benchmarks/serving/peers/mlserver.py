@@ -26,7 +26,7 @@ def _launch(work: Path, models: Sequence[Model]) -> Launch:
         directory = work / model.name
         directory.mkdir()
         (directory / "model-settings.json").write_text(json.dumps(_model_settings(model)))
-    command = [ENVIRONMENT.directory / "bin" / "mlserver", "start", work]
+    command: list[str | Path] = [ENVIRONMENT.directory / "bin" / "mlserver", "start", work]
     return Launch(command, port, app_environment(models), work)
 
 

@@ -40,7 +40,7 @@ def _launch(batching: str, work: Path, models: Sequence[Model]) -> Launch:
     for model in models:
         _write_model(work / "models" / model.name, model, batching)
     port = free_port()
-    command = [
+    command: list[str | Path] = [
         _wheel() / "bin" / "tritonserver", f"--model-repository={work / 'models'}",
         "--model-control-mode=explicit", *(f"--load-model={model.name}" for model in models),
         f"--backend-directory={backend.parent}", "--http-address=127.0.0.1", f"--http-port={port}",

@@ -6,8 +6,8 @@ import time
 
 from serving import client
 from serving.bench import Bench, Judged, Result, Rounds, say
+from serving.open_loop import poisson, send
 from serving.peers.base import Peer
-from serving.scenarios.open_loop import poisson
 from serving.server import Server, ServerError
 from serving.venvs import EnvironmentFailed
 
@@ -23,13 +23,10 @@ def footprint(bench: Bench) -> Result:
     for number in range(bench.rounds):
         say(f"  round {number + 1} of {bench.rounds}")
         for peer in bench.products():
-            if peer.name in bench.absent:
-                continue
             try:
                 _take(bench, peer, figures)
             except (ServerError, EnvironmentFailed) as error:
-                bench.absent[peer.name] = str(error)
-                say(f"  {peer.name} is left out: {error}")
+                bench.leave_out(peer, error)
     result = Result({
         "PSS with cnn MB": figures["pss"].medians(1e-6),
         "exec to first answer s": figures["start"].medians(),
@@ -68,5 +65,5 @@ def _paced(server: Server, request: bytes, seconds: float) -> float:
     arrivals_s = poisson(_PACED_RATE, seconds, 0)
     time.sleep(0.2)
     before_s = server.cpu_s()
-    client.open_loop(server.address, request, arrivals_s, 1.0)
+    send(server.address, request, arrivals_s, 1.0)
     return (server.cpu_s() - before_s) / len(arrivals_s)

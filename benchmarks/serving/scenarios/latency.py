@@ -15,6 +15,7 @@ from serving.bench import Bench, Judged, Result, Rounds
 from serving.bundles import write_bundle
 from serving.models import Model
 from serving.peers.base import Peer
+from serving.peers.floors import ECHO
 from serving.peers.ours import OURS, install, launch_of, make_site
 from serving.peers.triton import PLAIN
 from serving.server import Server, ServerError, running
@@ -34,7 +35,7 @@ def latency(bench: Bench) -> Result:
             tiny_s.add("bare", bare.run("tiny", bench.count(_TINY_COUNT)))
             for peer, server in servers.items():
                 tiny_s.add(peer.name, _p50(server, peer, tiny, bench.count(_TINY_COUNT)))
-                if peer.name != "client":
+                if peer is not ECHO:
                     added_s.add(peer.name, _p50(server, peer, cnn, bench.count(_CNN_COUNT)) - bare_s)
     result = Result({"tiny p50 us": tiny_s.medians(1e6), "cnn p50 over bare us": added_s.medians(1e6)})
     result.judged = {

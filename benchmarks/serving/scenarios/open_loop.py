@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
-from serving import client, wire
+from serving import wire
 from serving.bench import Bench, Judged, Result, Rounds, say, settle
+from serving.closed_loop import ClosedLoop
 from serving.models import Model
+from serving.open_loop import poisson, send
 from serving.peers.base import Peer
 from serving.server import Server
 
@@ -21,15 +21,15 @@ SLO_MS = 50.0
 _TIMEOUT_US = 40_000  # in the queue; the rest of the SLO is for the run and the way
 _SECONDS = 3.0
 _CAPACITY_SECONDS = 1.0
+_MOST_ROUNDS = 3  # they are long
 _GRACE_S = 1.0
 _CLIENTS = 16
 
 
 def open_loop(bench: Bench) -> Result:
     """99th percentiles at common rates, at 80% and at 120% of our capacity for ``cnn``."""
-    peers = [peer for peer in bench.peers if peer.name != "client"]
     tiny, cnn = bench.models["tiny"], bench.models["cnn"]
-    with bench.fleet(peers, [tiny, cnn]) as servers:
+    with bench.fleet(bench.servers(), [tiny, cnn]) as servers:
         tiny_rates = {p.name: _capacity(bench, s, p, tiny) for p, s in servers.items()}
         cnn_rates = {p.name: _capacity(bench, s, p, cnn) for p, s in servers.items()}
         result = Result({"cnn per s, 16 clients": dict(cnn_rates)})
@@ -49,10 +49,10 @@ def _below_capacity(
 ) -> None:
     p50_s, p99_s = Rounds(), Rounds()
     say(f"  {label}: {rate:.0f} a second")
-    for number in range(bench.rounds):
+    for number in range(min(bench.rounds, _MOST_ROUNDS)):
         arrivals_s = poisson(rate, bench.seconds(_SECONDS), number)
         for peer, server in servers.items():
-            outcome = client.open_loop(server.address, peer.request(model), arrivals_s, _GRACE_S)
+            outcome = send(server.address, peer.request(model), arrivals_s, _GRACE_S)
             waits_s = outcome.latencies_s + outcome.unanswered_s
             p50_s.add(peer.name, quantile(waits_s, 0.5))
             p99_s.add(peer.name, quantile(waits_s, 0.99))
@@ -68,11 +68,11 @@ def _overload(
 ) -> None:
     p99_s, refused, refusal_s, goodput = Rounds(), Rounds(), Rounds(), Rounds()
     say(f"  cnn_120: {1.2 * capacity:.0f} a second")
-    for number in range(bench.rounds):
+    for number in range(min(bench.rounds, _MOST_ROUNDS)):
         arrivals_s = poisson(1.2 * capacity, bench.seconds(_SECONDS), number)
         for peer, server in servers.items():
             request = wire.oip_infer(model.name, model.row, _TIMEOUT_US) if peer.speaks_oip else None
-            outcome = client.open_loop(server.address, request or peer.request(model), arrivals_s, _GRACE_S)
+            outcome = send(server.address, request or peer.request(model), arrivals_s, _GRACE_S)
             settle(server)
             waits_s = outcome.latencies_s + outcome.unanswered_s
             in_time = sum(wait_s <= SLO_MS / 1e3 for wait_s in outcome.latencies_s)
@@ -91,13 +91,6 @@ def _overload(
     )
 
 
-def poisson(rate: float, seconds: float, seed: int) -> list[float]:
-    """Ascending times of a Poisson process of ``rate`` a second, for ``seconds``."""
-    gaps = np.random.default_rng(seed).exponential(1 / rate, size=math.ceil(rate * seconds))
-    times: list[float] = np.cumsum(gaps).tolist()
-    return times
-
-
 def quantile(values: Sequence[float], fraction: float) -> float:
     """The smallest value that ``fraction`` of ``values`` do not exceed; infinite if there are none."""
     if not values:
@@ -106,5 +99,5 @@ def quantile(values: Sequence[float], fraction: float) -> float:
 
 
 def _capacity(bench: Bench, server: Server, peer: Peer, model: Model) -> float:
-    with client.ClosedLoop(server.address, [peer.request(model)] * _CLIENTS) as loop:
+    with ClosedLoop(server.address, [peer.request(model)] * _CLIENTS) as loop:
         return loop.run(bench.seconds(_CAPACITY_SECONDS)).rate

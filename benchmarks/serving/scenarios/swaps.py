@@ -11,6 +11,7 @@ from device_agent.server import control
 from serving import client, wire
 from serving.bench import Bench, Judged, Result, say
 from serving.bundles import write_bundle
+from serving.closed_loop import ClosedLoop
 from serving.models import write_variant
 from serving.peers.ours import OURS, install, launch_of, make_site
 from serving.server import ServerError, running
@@ -34,9 +35,10 @@ def swaps(bench: Bench) -> Result:
     ]
     request = wire.oip_infer("tiny", versions[0].row)
     wanted = _QUICK_SWAPS if bench.quick else _SWAPS
-    with running(launch_of(OURS.environment, site), directory / "server.log", [request]) as server:
+    ready = [wire.get("/v2/health/ready")]
+    with running(launch_of(OURS.environment, site), directory / "server.log", ready) as server:
         swapper = _Swapper(site.control, digests, wanted)
-        with client.ClosedLoop(server.address, [request] * _CLIENTS) as loop:
+        with ClosedLoop(server.address, [request] * _CLIENTS) as loop:
             swapper.start()
             outcome = loop.run(_LONGEST_S, lambda: not swapper.is_alive())
             loop.collect()

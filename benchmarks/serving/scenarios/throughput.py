@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from serving import client
 from serving.bench import Bench, Judged, Result, Rounds, say
+from serving.client import Outcome
+from serving.closed_loop import ClosedLoop
 from serving.models import Model
 from serving.peers.base import Peer
+from serving.peers.floors import ECHO
 from serving.server import Server
 
 _SECONDS = 1.5
@@ -27,7 +27,7 @@ def throughput(bench: Bench) -> Result:
                 tiny_4.add(peer.name, _rate(bench, server, peer, tiny, 4))
             cnn_16.add("bare", 1 / bare.run("cnn", bench.count(_CNN_COUNT)))
             for peer, server in servers.items():
-                if peer.name != "client":
+                if peer is not ECHO:
                     cnn_16.add(peer.name, _rate(bench, server, peer, cnn, 16))
     result = Result({
         "tiny per s, 16 clients": tiny_16.medians(),
@@ -48,7 +48,7 @@ def mlp(bench: Bench) -> Result:
     """The model where batching pays, with 4 and 16 clients and one and the same setting of each server."""
     model = bench.models["mlp"]
     with_4, with_16 = Rounds(), Rounds()
-    with bench.fleet(_without_client(bench.peers), [model]) as servers:
+    with bench.fleet(bench.servers(), [model]) as servers:
         for number in range(bench.rounds):
             say(f"  round {number + 1} of {bench.rounds}")
             for peer, server in servers.items():
@@ -64,9 +64,9 @@ def mlp(bench: Bench) -> Result:
 
 
 def _rate(bench: Bench, server: Server, peer: Peer, model: Model, clients: int) -> float:
-    with client.ClosedLoop(server.address, [peer.request(model)] * clients) as loop:
+    with ClosedLoop(server.address, [peer.request(model)] * clients) as loop:
         loop.run(bench.seconds(_SECONDS) / 5)  # connections are made and batch sizes learned
-        loop.outcome = client.Outcome()
+        loop.outcome = Outcome()
         outcome = loop.run(bench.seconds(_SECONDS))
     if outcome.failed or outcome.lost or outcome.refused_s:
         say(f"  {peer.name}: {outcome.failed} failed, {outcome.lost} lost, {len(outcome.refused_s)} refused")
@@ -75,7 +75,3 @@ def _rate(bench: Bench, server: Server, peer: Peer, model: Model, clients: int) 
 
 def _python_peers(bench: Bench) -> list[str]:
     return [name for prefix in _PYTHON_PEERS for name in bench.find(prefix)]
-
-
-def _without_client(peers: Sequence[Peer]) -> list[Peer]:
-    return [peer for peer in peers if peer.name != "client"]
