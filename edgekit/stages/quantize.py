@@ -22,6 +22,8 @@ SCALES_FILE = "scales.json"
 #: ``auto`` judges the observers on every so-manieth calibration sample, which it does not calibrate on.
 _JUDGE_EVERY = 8
 _MOST_JUDGES = 32
+#: Samples that show the range of every tensor before a conversion to FP16.
+_RANGE_SAMPLES = 64
 
 
 class Config(BaseModel):
@@ -46,7 +48,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     graph = onnx.load(str(inputs.artifacts["graph"].path / GRAPH_FILE))
     try:
         if config.precision == "fp16":
-            converted, metadata = _to_fp16(graph)
+            converted, metadata = _to_fp16(graph, inputs)
         else:
             converted, metadata = _to_int8(graph, inputs, config.quantize or Quantize(), out)
     except CalibrationError as error:
@@ -86,11 +88,13 @@ def _to_int8(graph: Any, inputs: Inputs, settings: Quantize, out: Path) -> tuple
     }
 
 
-def _to_fp16(graph: Any) -> tuple[Any, dict[str, Any]]:
-    from calibration import to_fp16
+def _to_fp16(graph: Any, inputs: Inputs) -> tuple[Any, dict[str, Any]]:
+    """Convert; operators whose values leave float16's range on real samples stay in fp32."""
+    from calibration import calibrate, to_fp16
 
-    converted, report = to_fp16(graph)
-    return converted, {"calibrator": None, "samples": 0, "report": asdict(report)}
+    scales = calibrate(graph, _rows(inputs.sources.calib.take(_RANGE_SAMPLES)), observer="minmax")
+    converted, report = to_fp16(graph, scales)
+    return converted, {"calibrator": None, "samples": scales.samples, "report": asdict(report)}
 
 
 def _rows(data: Dataset) -> Iterator[Arrays]:
