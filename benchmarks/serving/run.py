@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
@@ -34,6 +35,7 @@ CLAIM = (
     "the agent adds less to the engine's own time than its peers, and refuses early rather than answers late"
 )
 _ROUNDS = 5
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 _CONDITIONS = (
     "one thread for ONNX Runtime everywhere; the servers on core 0, the client on core 1",
     "Triton runs the session in its Python backend; its wheel has no other",
@@ -45,7 +47,8 @@ _CONDITIONS = (
 def main() -> None:
     """Run the scenarios that were asked for."""
     options = _options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are stopped on the way out
+    for number in _ENDING:
+        signal.signal(number, _end)
     rounds = options.rounds or (1 if options.quick else _ROUNDS)
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary, on_core(CLIENT_CORE):
         work = Path(temporary)
@@ -60,6 +63,13 @@ def main() -> None:
     if not options.json:
         result = {**result, "figures": {k: result["figures"][k] for k in result["targets"]}}
     finish(result, options.json)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Leave through the ``with`` blocks, which stops the servers; a second Ctrl-C cannot cut that short."""
+    for ending in _ENDING:
+        signal.signal(ending, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _run(name: str, bench: Bench) -> Result:
