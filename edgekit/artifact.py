@@ -7,7 +7,7 @@ temporary directory and renamed into place when it is whole.
 
     WORKDIR/lock               held by the run that uses this directory
     WORKDIR/artifacts/KEY/     artifact.json and data/
-    WORKDIR/tmp/               unfinished work; emptied when the directory is next opened
+    WORKDIR/tmp/               unfinished work; emptied when the directory is opened and closed
 """
 
 from __future__ import annotations
@@ -149,9 +149,16 @@ def open_store(root: Path) -> Iterator[Store]:
                 "another edgekit run holds its lock",
                 "wait for that run, or give another directory with --workdir",
             ) from error
-        for leftover in (root / "tmp").iterdir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        yield Store(root)
+        _remove_unfinished(root)
+        try:
+            yield Store(root)
+        finally:
+            _remove_unfinished(root)  # Ctrl-C may fall between making a directory and guarding it
+
+
+def _remove_unfinished(root: Path) -> None:
+    for leftover in (root / "tmp").iterdir():
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager

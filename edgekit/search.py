@@ -185,7 +185,7 @@ def _pruning(plan: Plan, ran: Ran) -> dict[str, Any] | None:
 def _kept(quantized: Artifact | None) -> dict[str, str]:
     if quantized is None:
         return {}
-    kept: dict[str, str] = quantized.metadata["report"].get("kept_float", {})
+    kept: dict[str, str] = quantized.metadata["kept_high_precision"]
     return kept
 
 

@@ -84,6 +84,7 @@ def _to_int8(graph: Any, inputs: Inputs, settings: Quantize, out: Path) -> tuple
         "calibrator": scales.observer,
         "scores_sqnr_db": scores,
         "samples": scales.samples,
+        "kept_high_precision": dict(quantized.report.kept_float),
         "report": asdict(quantized.report),
     }
 
@@ -94,7 +95,12 @@ def _to_fp16(graph: Any, inputs: Inputs) -> tuple[Any, dict[str, Any]]:
 
     scales = calibrate(graph, _rows(inputs.sources.calib.take(_RANGE_SAMPLES)), observer="minmax")
     converted, report = to_fp16(graph, scales)
-    return converted, {"calibrator": None, "samples": scales.samples, "report": asdict(report)}
+    return converted, {
+        "calibrator": None,
+        "samples": scales.samples,
+        "kept_high_precision": dict(report.kept),
+        "report": asdict(report),
+    }
 
 
 def _rows(data: Dataset) -> Iterator[Arrays]:
