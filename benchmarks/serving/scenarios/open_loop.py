@@ -40,7 +40,7 @@ def open_loop(bench: Bench) -> Result:
             ("cnn_80", cnn, 0.8 * capacity),
         ):
             _below_capacity(bench, servers, model, rate, label, result)
-        _overload(bench, servers, cnn, capacity, result)
+        _overload(bench, servers, cnn, result)
     return result
 
 
@@ -63,12 +63,13 @@ def _below_capacity(
     result.judged[f"{label}_p99_over_best_peer"] = Judged(p99_s.ratio("ours", others, "least"), "<", 1.0)
 
 
-def _overload(
-    bench: Bench, servers: dict[Peer, Server], model: Model, capacity: float, result: Result
-) -> None:
+def _overload(bench: Bench, servers: dict[Peer, Server], model: Model, result: Result) -> None:
+    """Each round measures our capacity anew, since that is what the load and the goodput are held against."""
     p99_s, refused, refusal_s, goodput = Rounds(), Rounds(), Rounds(), Rounds()
-    say(f"  cnn_120: {1.2 * capacity:.0f} a second")
+    ours = next(peer for peer in servers if peer.name == "ours")
     for number in range(min(bench.rounds, _MOST_ROUNDS)):
+        capacity = _capacity(bench, servers[ours], ours, model)
+        say(f"  cnn_120: {1.2 * capacity:.0f} a second")
         arrivals_s = poisson(1.2 * capacity, bench.seconds(_SECONDS), number)
         for peer, server in servers.items():
             request = wire.oip_infer(model.name, model.row, _TIMEOUT_US) if peer.speaks_oip else None
@@ -78,11 +79,12 @@ def _overload(
             in_time = sum(wait_s <= SLO_MS / 1e3 for wait_s in outcome.latencies_s)
             p99_s.add(peer.name, quantile(waits_s, 0.99))
             refused.add(peer.name, len(outcome.refused_s) / len(arrivals_s))
-            refusal_s.add(peer.name, quantile(outcome.refused_s, 0.99) if outcome.refused_s else 0.0)
+            if outcome.refused_s:
+                refusal_s.add(peer.name, quantile(outcome.refused_s, 0.5))
             goodput.add(peer.name, in_time / outcome.seconds / capacity)
     result.table["cnn_120 accepted p99 ms"] = p99_s.medians(1e3)
     result.table["cnn_120 refused share"] = refused.medians()
-    result.table["cnn_120 refusal p99 ms"] = refusal_s.medians(1e3)
+    result.table["cnn_120 refusal p50 ms"] = refusal_s.medians(1e3)
     result.table["cnn_120 goodput of our capacity"] = goodput.medians()
     result.judged["cnn_120_accepted_p99_ms"] = Judged(p99_s.medians(1e3).get("ours"), "<=", SLO_MS)
     result.judged["cnn_120_goodput"] = Judged(goodput.medians().get("ours"), ">=", 0.9)
