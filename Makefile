@@ -39,7 +39,8 @@ test-agent:
 	bash tests/device_agent/run.sh $(AGENT_PYTHONS)
 
 bench: setup
-	@for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit $$?; done
+	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)) benchmarks/serving/run.py; do \
+	  echo "$$script"; $(BIN)/python $$script $(BENCH_ARGS) || status=$$?; done; exit $${status:-0}
 
 clean:
 	rm -rf $(VENV) .venv-agent-* .edgekit edgekit-demo
