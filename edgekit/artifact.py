@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgekit import interrupt
 from edgekit.errors import BadInput
 
 _CHUNK_BYTES = 1 << 20
@@ -103,6 +104,7 @@ class Store:
                 data = home / "data"
                 data.mkdir()
                 metadata = json.loads(json.dumps(make(data), sort_keys=True))
+                interrupt.check()  # what was made around a lost Ctrl-C may not be what is made without
                 record = {
                     "kind": kind,
                     "sha256": tree_digest(data),

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from edgekit import __version__
+from edgekit import __version__, interrupt
 from edgekit.errors import ContractUnmet, EdgekitError
 
 _INTERRUPTED = 130
@@ -36,8 +36,9 @@ def cli(context: click.Context, debug: bool) -> None:
 def main() -> None:
     """Entry point: run a command, turn errors into three lines and an exit code."""
     debug = "--debug" in sys.argv[1:]
+    interrupt.listen()
     try:
-        code = cli.main(standalone_mode=False)
+        code = _run()
     except EdgekitError as error:
         if debug:
             raise
@@ -62,6 +63,14 @@ def main() -> None:
         )
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _run() -> Any:
+    try:
+        return cli.main(standalone_mode=False)
+    except Exception:
+        interrupt.check()  # the error may be what a library made of Ctrl-C
+        raise
 
 
 def _print_error(what: str, why: str, fix: str) -> None:

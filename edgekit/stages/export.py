@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from edgekit import ort, surgery
+from edgekit import interrupt, ort, surgery
 from edgekit.artifact import disk_is_full
 from edgekit.errors import BadInput, EdgekitError
 from edgekit.measure import graph as graph_facts
@@ -96,6 +96,7 @@ def _export(module: nn.Module, model: Model, opset: int, path: Path) -> tuple[st
             _tidy(path, opset)
             _prove(module, model, path)
         except Exception as error:  # exporters raise anything, down to bare AssertionError
+            interrupt.check()
             if disk_is_full(error):
                 raise
             failures.append(f"{name}: {_first_line(error)}")

@@ -14,6 +14,8 @@ import traceback
 import warnings
 from typing import Any
 
+from edgekit import cli
+
 
 def import_everything() -> None:
     """Import what a compression needs, the exporter's inside included; starts no threads."""
@@ -33,8 +35,6 @@ def import_everything() -> None:
 
 def be_edgekit(request: dict[str, Any]) -> None:
     """Become ``edgekit ARGV``; never returns."""
-    from edgekit import cli
-
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     for target, name in ((1, "out"), (2, "err")):

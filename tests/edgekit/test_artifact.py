@@ -17,6 +17,7 @@ from host_testing import Forker, TinyModel, assert_three_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgekit import interrupt
 from edgekit.artifact import Artifact, Store, disk_full_is_an_error, open_store, tree_digest
 from edgekit.errors import BadInput
 
@@ -93,6 +94,20 @@ def test_a_failed_stage_leaves_nothing(tmp_path: Path, error: BaseException) -> 
         assert store.get(KEY) is None
     assert _stored(tmp_path) == []
     assert _unfinished(tmp_path) == []
+
+
+def test_nothing_made_around_a_lost_interrupt_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage that went on after Ctrl-C, because a library swallowed it, is not stored."""
+
+    def make(out: Path) -> dict[str, Any]:
+        monkeypatch.setattr(interrupt, "_heard", True)
+        return {}
+
+    with open_store(tmp_path) as store, pytest.raises(KeyboardInterrupt):
+        store.build(KEY, "onnx", (), make)
+    assert _stored(tmp_path) == []
 
 
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:

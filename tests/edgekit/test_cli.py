@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from conftest import Compressed
 from host_testing import EDGEKIT, Forker, Result, assert_three_lines, edgekit
 
-from edgekit import cli, profile
+from edgekit import cli, interrupt, profile
 
 #: Every command, as the words that call it.
 COMMANDS = [[]] + [
@@ -113,6 +114,31 @@ def test_a_mistake_of_ours_shows_a_traceback_only_for_debugging(
         assert said.splitlines()[0] == "error: unexpected ZeroDivisionError"
         assert said.splitlines()[1] == "  why: one two"
         assert len(said.splitlines()) == 3
+
+
+def test_ctrl_c_counts_even_if_a_library_swallows_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever error a library makes of an interrupt, it ends as one: exit 130."""
+
+    def library() -> list[str]:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise TypeError("invalid combination of arguments") from None
+        return []
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(interrupt, "_heard", False)
+    monkeypatch.setattr(profile, "names", library)
+    monkeypatch.setattr(sys, "argv", ["edgekit", "profiles", "list"])
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert caught.value.code == 130
+    assert "error: interrupted" in capsys.readouterr().err
 
 
 # Profiles
