@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from edgekit import ort
 from edgekit.errors import BadInput
 from edgekit.measure import accuracy
 from edgekit.models import Model
@@ -99,6 +100,7 @@ def make_plan(sources: Sources, profile: Profile, recipe: Recipe, metric: str) -
                 "measure": recipe.measure.model_dump(),
                 "metric": metric,
                 "metric_source": accuracy.source(metric),
+                "threads": _threads(recipe),
             },
             {"original": reference, "candidate": engine},
         )
@@ -114,7 +116,7 @@ def _graphs(builder: _Builder, recipe: Recipe, size: float) -> tuple[str, str]:
         return original, original
     prune = {"prune": recipe.prune.model_dump(), "size": size, "seed": recipe.seed}
     pruned = builder.add("prune", "prune", prune, {})
-    recover = {"recover": recipe.recover.model_dump(), "seed": recipe.seed}
+    recover = {"recover": recipe.recover.model_dump(), "seed": recipe.seed, "threads": _threads(recipe)}
     recovered = builder.add("recover", "recover", recover, {"model": pruned})
     return original, builder.add("export.pruned", "export", export, {"model": recovered})
 
@@ -162,6 +164,10 @@ def _check_batch_axis(model: Model) -> None:
             f"{shapes} (-1: any size); the first axis of every input has to be free, or 1",
             "export it with a free batch axis first",
         )
+
+
+def _threads(recipe: Recipe) -> int:
+    return recipe.threads or ort.default_threads()
 
 
 def _precisions(recipe: Recipe, profile: Profile) -> tuple[str, ...]:

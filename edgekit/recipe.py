@@ -124,6 +124,8 @@ class Recipe(_Frozen):
     """Settings of every stage, and the contract."""
 
     seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1, le=1024)
+    """CPU threads of training and of measured runs; None: the CPUs that the process may use."""
     precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
     metric: str | None = None
     """``top1``, ``cosine`` or ``module:fn``; None: top1 with labels, else cosine to the original."""

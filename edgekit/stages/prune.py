@@ -42,7 +42,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     """Prune the model and write its structure and weights.
 
     Raises:
-        BadInput: the model cannot be pruned that far, or not at all.
+        BadInput: the model cannot be pruned.
     """
     import torch
 
@@ -77,11 +77,17 @@ class _Pruner:
         self._kept = _layers_that_make_outputs(original, self._example)
 
     def to_size(self, size: float, tick: Any) -> tuple[nn.Module, float]:
-        """The least pruned model with at most ``size`` of the parameters, and its share of cut channels."""
+        """The least pruned model with at most ``size`` of the parameters, and its share of cut channels.
+
+        Where even the most pruned one has more, that one: the contract is then missed, and the report says
+        by how much.
+        """
         low, high = 0.0, 1.0  # at 1, every layer loses all that it may
         best = self._prune(high)
+        if parameter_count(best) == self._params:
+            raise _cannot_prune("none of its layers may lose a channel")
         if parameter_count(best) > size * self._params:
-            raise self._too_far(size, best)
+            return best, high
         for step in range(_BISECTION_STEPS):
             tick(step, _BISECTION_STEPS)
             middle = (low + high) / 2
@@ -142,15 +148,6 @@ class _Pruner:
         }  # fmt: skip
         widths = _widths(self._original, self._original)
         return [name for name, (width, _) in widths.items() if width in lost]
-
-    def _too_far(self, size: float, best: nn.Module) -> BadInput:
-        smallest = parameter_count(best) / self._params
-        return BadInput(
-            f"the model cannot be pruned to {size:g} of its parameters",
-            f"{smallest:.2f} remain with {self._config.prune.max_layer_ratio:g} of every layer's channels "
-            f"removed, in multiples of {self._alignment}",
-            "ask for a larger --size, or raise prune.max_layer_ratio in the recipe",
-        )
 
 
 def _remove_channels(pruner: Any, channel_fraction: float, max_layer_ratio: float, alignment: int) -> None:

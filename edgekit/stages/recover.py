@@ -30,6 +30,7 @@ class Config(BaseModel):
 
     recover: Recover
     seed: int
+    threads: int
 
 
 def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[str, Any]:
@@ -45,6 +46,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     from host_trainer.loop import TrainSettings, fit
     from host_trainer.losses import distillation
 
+    torch.set_num_threads(config.threads)
     model = inputs.sources.model
     teacher = model.module()
     student = surgery.load_into(model.module(), inputs.artifacts["model"].path)

@@ -40,6 +40,7 @@ class Config(BaseModel):
     measure: Measure
     metric: str
     metric_source: str | None
+    threads: int
 
 
 def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[str, Any]:
@@ -49,7 +50,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
         BadInput: the metric does not suit the model, or the held-out data is damaged.
     """
     held_out = inputs.sources.held_out.take(config.measure.max_samples)
-    sessions = {role: _session(inputs.artifacts[role]) for role in ("original", "candidate")}
+    sessions = {role: _session(inputs.artifacts[role], config.threads) for role in ("original", "candidate")}
     outputs, labels = _outputs(sessions, held_out, inputs)
     scores = {
         role: accuracy.score(config.metric, values, outputs["original"], labels).as_json()
@@ -71,8 +72,8 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     }
 
 
-def _session(engine: Artifact) -> ort.Session:
-    return ort.Session(engine.path / ENGINE_FILE)
+def _session(engine: Artifact, threads: int) -> ort.Session:
+    return ort.Session(engine.path / ENGINE_FILE, threads)
 
 
 def _outputs(

@@ -53,7 +53,7 @@ def _recover(
     model: Model, pruned: Artifact, out: Path, count: int = 64, seed: int = 0, **settings: Any
 ) -> Artifact:
     images = dataset(noise({"image": SHAPE}, count))
-    config = {"recover": {"epochs": 6, "batch_size": 16, **settings}, "seed": seed}
+    config = {"recover": {"epochs": 6, "batch_size": 16, **settings}, "seed": seed, "threads": 2}
     return run_stage("recover", config, sources(model, images), out, model=pruned)
 
 

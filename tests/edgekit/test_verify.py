@@ -29,7 +29,7 @@ def _engine(
 
 def _verify(given: Sources, out: Path, original: Artifact, candidate: Artifact, **more: Any) -> Artifact:
     measure = {"runs": 12, "warmup": 1, **more.pop("measure", {})}
-    config = {"measure": measure, "metric": "top1", "metric_source": None, **more}
+    config = {"measure": measure, "metric": "top1", "metric_source": None, "threads": 2, **more}
     return run_stage("verify", config, given, out, original=original, candidate=candidate)
 
 
