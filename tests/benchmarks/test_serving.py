@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.append(str(BENCHMARKS))  # last: calibration.py there must not hide the package
 
 from serving import client, open_loop, run, venvs, wire  # noqa: E402 - found through the line above
 from serving.bench import Bench, Rounds  # noqa: E402
