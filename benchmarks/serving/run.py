@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+sys.path.append(str(Path(__file__).parents[1]))  # last: calibration.py there must not hide the package
 
 from common import document, finish  # noqa: E402 - found through the line above
 
