@@ -18,18 +18,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))  # last: calibration.py there must not hide the package
+if __name__ == "__main__":  # last, because calibration.py there must not hide the package
+    sys.path.append(str(Path(__file__).parents[1]))
 
-from common import document, finish  # noqa: E402 - found through the line above
+from common import document, finish
 
-from serving import venvs  # noqa: E402
-from serving.bench import Bench, Judged, Result, say  # noqa: E402
-from serving.models import write_models  # noqa: E402
-from serving.peers import ALWAYS, DEFAULT_GROUPS, GROUPS  # noqa: E402
-from serving.peers.base import Peer  # noqa: E402
-from serving.scenarios import NOT_MEASURED, SCENARIOS  # noqa: E402
-from serving.server import CLIENT_CORE, ServerError, on_core  # noqa: E402
-from serving.table import render  # noqa: E402
+from serving import venvs
+from serving.bench import Bench, Judged, Result, say
+from serving.models import write_models
+from serving.peers import ALWAYS, DEFAULT_GROUPS, GROUPS
+from serving.peers.base import Peer
+from serving.scenarios import NOT_MEASURED, SCENARIOS
+from serving.server import CLIENT_CORE, ServerError, on_core
+from serving.table import render
 
 CLAIM = (
     "the agent adds less to the engine's own time than its peers, and refuses early rather than answers late"

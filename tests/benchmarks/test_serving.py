@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))  # last: calibration.py there must not hide the package
+sys.path.append(str(BENCHMARKS))
 
 from serving import client, open_loop, run, venvs, wire  # noqa: E402 - found through the line above
 from serving.bench import Bench, Rounds  # noqa: E402
@@ -33,6 +33,8 @@ from serving.scenarios.open_loop import quantile  # noqa: E402
 from serving.scenarios.swaps import swaps  # noqa: E402
 from serving.server import Launch, free_port, running  # noqa: E402
 from serving.table import render  # noqa: E402
+
+sys.path.remove(str(BENCHMARKS))  # calibration.py there would hide the package from later tests
 
 REQUEST = wire.post("/x", b"", "text/plain")
 GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
