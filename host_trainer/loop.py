@@ -110,7 +110,9 @@ def fit(
 
 
 def one_cycle(step: int, total_steps: int, warmup_fraction: float) -> float:
-    """Factor on the peak learning rate at ``step``: linear up to 1, then a cosine down to 0."""
+    """Factor on the peak learning rate at ``step``: linear up to 1, then a cosine down to 0 at the end."""
+    if step >= total_steps:
+        return 0.0
     warmup_steps = max(1, round(total_steps * warmup_fraction))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
