@@ -150,7 +150,7 @@ def test_replaced_versions_give_their_memory_back(tmp_path: Path) -> None:
             await swap()
         return _resident_bytes() - before
 
-    assert asyncio.run(main()) < 2 * weights.nbytes
+    assert asyncio.run(main()) < 4 * weights.nbytes  # twelve times as much, if they stayed
 
 
 def _fixed_batch_model() -> Any:
