@@ -10,7 +10,7 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Sequence, Tuple
 
 if TYPE_CHECKING:
-    from device_agent.batching.batcher import Job
+    from device_agent.batching.job import Job
 
 SECONDS_BOUNDS = (
     50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3,

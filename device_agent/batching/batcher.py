@@ -1,40 +1,26 @@
 """The asyncio shell around :mod:`device_agent.batching.policy`: a bounded queue in front of one engine.
 
-Everything here runs on the event loop but ``_execute``. A batch runs on the model's own thread, so that the
-loop keeps reading and writing; where a run is known to be shorter than the way to a thread and back, it runs
-on the loop itself.
+Everything here runs on the event loop. A batch runs on the model's own thread, so that the loop keeps reading
+and writing; where a run is known to be shorter than the way to a thread and back, it runs on the loop itself.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import threading
 import time
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
-import numpy as np
-
+from device_agent.batching.execution import EngineThread, execute
+from device_agent.batching.job import DeadlineExceeded, Job, QueueFull
 from device_agent.batching.latency import LatencyModel
 from device_agent.batching.policy import PolicySettings, decide, earliest_start_s
-from device_agent.engines.base import Engine, EngineError
+from device_agent.engines.base import Engine
 from device_agent.metrics import ModelMetrics
 
+__all__ = ["Batcher", "BatcherSettings", "DeadlineExceeded", "Job", "QueueFull"]
+
 _INLINE_BELOW_S = 60e-6  # about what handing a batch to a thread and back costs
-
-_log = logging.getLogger(__name__)
-
-Arrays = Dict[str, "np.ndarray[Any, Any]"]
-
-
-class QueueFull(Exception):
-    """As many requests wait as may; the client should come back later."""
-
-
-class DeadlineExceeded(Exception):
-    """The request's own timeout passed while it waited, or would pass for certain."""
 
 
 @dataclass(frozen=True)
@@ -48,46 +34,6 @@ class BatcherSettings:
 
     policy: PolicySettings
     max_queue_size: int
-
-
-class Job:
-    """One request on its way through the engine.
-
-    Attributes:
-        inputs: an array for each input.
-        rows: size along the batch axis.
-        batch_key: jobs with equal keys may run as one batch.
-        on_done: called on the event loop when ``outputs`` or ``error`` is set; never after a cancel.
-        timeout_s: longest time in the queue; None: no limit.
-        arrived_s, started_s, finished_s: points on the monotonic clock.
-        batch_rows: rows of the batch that it ran in.
-        outputs: an array for each output; None until done, or if it failed.
-        error: why it failed.
-    """
-
-    __slots__ = (
-        "arrived_s", "batch_key", "batch_rows", "cancelled", "error", "finished_s", "inputs", "on_done",
-        "outputs", "rows", "started_s", "timeout_s",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        inputs: Arrays,
-        rows: int,
-        batch_key: Hashable,
-        on_done: Callable[[Job], None],
-        timeout_s: Optional[float] = None,
-    ) -> None:
-        self.inputs = inputs
-        self.rows = rows
-        self.batch_key = batch_key
-        self.on_done = on_done
-        self.timeout_s = timeout_s
-        self.arrived_s = self.started_s = self.finished_s = 0.0
-        self.batch_rows = 0
-        self.cancelled = False
-        self.outputs: Optional[Arrays] = None
-        self.error: Optional[Exception] = None
 
 
 class Batcher:
@@ -105,7 +51,7 @@ class Batcher:
         self._pump_planned = False
         self._timer: Optional[asyncio.TimerHandle] = None
         self._idle_waiters: List[asyncio.Future[None]] = []
-        self._thread: Optional[_EngineThread] = None
+        self._thread: Optional[EngineThread] = None
 
     def submit(self, job: Job) -> None:
         """Queue a job.
@@ -213,14 +159,14 @@ class Batcher:
         rows = sum(job.rows for job in batch)
         expected_s = self.latency.predict(rows)
         if expected_s is not None and expected_s < _INLINE_BELOW_S:
-            _execute(self._engine, batch)
+            execute(self._engine, batch)
             self._settle(batch)
             if self._queue:
                 self._plan_pump()
             self._answer(batch)
             return
         if self._thread is None:
-            self._thread = _EngineThread(self._engine, asyncio.get_running_loop(), self._finish)
+            self._thread = EngineThread(self._engine, asyncio.get_running_loop(), self._finish)
         self._free_at_s = time.monotonic() + (expected_s or 0.0)
         self._thread.run(batch)
 
@@ -250,90 +196,3 @@ class Batcher:
             if not waiter.done():
                 waiter.set_result(None)
         self._idle_waiters.clear()
-
-
-class _EngineThread:
-    """Runs batches in order and hands them back to the loop."""
-
-    def __init__(
-        self, engine: Engine, loop: asyncio.AbstractEventLoop, on_finished: Callable[[List[Job]], None]
-    ) -> None:
-        self._engine = engine
-        self._loop = loop
-        self._on_finished = on_finished
-        self._batches: SimpleQueue[Optional[List[Job]]] = SimpleQueue()
-        # A daemon: an engine that hangs must not keep a stopping agent from ending.
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
-        self._thread.start()
-
-    def run(self, batch: List[Job]) -> None:
-        self._batches.put(batch)
-
-    def stop(self) -> None:
-        self._batches.put(None)
-
-    def _serve(self) -> None:
-        for batch in iter(self._batches.get, None):
-            _execute(self._engine, batch)
-            try:
-                self._loop.call_soon_threadsafe(self._on_finished, batch)
-            except RuntimeError:
-                return  # the loop has ended without waiting for this batch: nobody is left to tell
-
-
-# Executing
-
-
-def _execute(engine: Engine, batch: List[Job]) -> None:
-    """Run a batch and set ``outputs`` or ``error`` of every job.
-
-    A failing batch is halved until the request that fails stands alone, so the others are still answered.
-    """
-    started_s = time.monotonic()
-    try:
-        outputs = engine.run(batch[0].inputs if len(batch) == 1 else _merge(batch))
-        _share(outputs, batch)
-    except EngineError as error:
-        _isolate(engine, batch, error, started_s)
-    except Exception as error:
-        # The thread must outlive whatever a runtime raises; the cause is logged and told to the client.
-        _log.exception("the engine raised an error of an unexpected type")
-        _isolate(engine, batch, EngineError(f"{type(error).__name__}: {error}"), started_s)
-    else:
-        _stamp(batch, started_s)
-
-
-def _isolate(engine: Engine, batch: List[Job], error: EngineError, started_s: float) -> None:
-    if len(batch) == 1:
-        batch[0].error = error
-        _stamp(batch, started_s)
-        return
-    half = len(batch) // 2
-    _execute(engine, batch[:half])
-    _execute(engine, batch[half:])
-
-
-def _merge(batch: List[Job]) -> Arrays:
-    return {name: np.concatenate([job.inputs[name] for job in batch]) for name in batch[0].inputs}
-
-
-def _share(outputs: Arrays, batch: List[Job]) -> None:
-    if len(batch) == 1:
-        batch[0].outputs = outputs
-        return
-    total = sum(job.rows for job in batch)
-    for name, array in outputs.items():
-        if array.ndim == 0 or array.shape[0] != total:
-            raise EngineError(f"output '{name}' has no batch axis: {list(array.shape)} for {total} rows")
-    start = 0
-    for job in batch:
-        stop = start + job.rows
-        job.outputs = {name: array[start:stop] for name, array in outputs.items()}
-        start = stop
-
-
-def _stamp(batch: List[Job], started_s: float) -> None:
-    finished_s = time.monotonic()
-    rows = sum(job.rows for job in batch)
-    for job in batch:
-        job.started_s, job.finished_s, job.batch_rows = started_s, finished_s, rows
