@@ -22,6 +22,11 @@ mistake never silently leaves a default in place.
 
     [batching]
     max_queue_delay_us = 0
+
+    [models.NAME]                     # settings of one model, by its name
+    threads = 1
+    cpus = "0-1"
+    isolate = true
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, TypeVar
 
+from device_agent.affinity import parse_cpus
 from device_agent.errors import BadInput
 
 if sys.version_info >= (3, 11):
@@ -91,6 +97,26 @@ class Batching:
 
 
 @dataclass(frozen=True)
+class ModelConfig:
+    """Settings of one model, in the table ``[models.NAME]``.
+
+    Attributes:
+        threads: threads of one inference; 0: as many as its cores; -1: the agent's own ``threads``.
+        cpus: the cores that the model's threads may use, as the kernel writes them (``0-1,4``); empty: any.
+        numa_node: the node that the model's memory comes from, and its cores where ``cpus`` names none; -1:
+            any.
+        isolate: run the engine in a process of its own, whose crash the agent survives.
+        run_timeout_s: an isolated engine that takes longer for one run is ended and started again.
+    """
+
+    threads: int = -1
+    cpus: str = ""
+    numa_node: int = -1
+    isolate: bool = False
+    run_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that ``edgekit-agent serve`` can be told.
 
@@ -102,6 +128,7 @@ class Config:
         http: where the Open Inference Protocol is served.
         metrics: where ``/metrics`` and the status page are served.
         threads: threads that one inference may use; 0: as many as the machine has cores.
+        models: settings of single models, by name.
     """
 
     state_dir: Path = Path("/var/lib/edgekit-agent")
@@ -113,6 +140,11 @@ class Config:
     limits: Limits = field(default_factory=Limits)
     batching: Batching = field(default_factory=Batching)
     threads: int = 0
+    models: Mapping[str, ModelConfig] = field(default_factory=dict)
+
+    def of_model(self, name: str) -> ModelConfig:
+        """The settings of a model; the defaults where the file has no table for it."""
+        return self.models.get(name, ModelConfig())
 
 
 def load(path: Optional[Path] = None) -> Config:
@@ -178,9 +210,20 @@ def _fill(defaults: _T, raw: Mapping[str, Any], source: str, prefix: str) -> _T:
             if not isinstance(value, dict):
                 raise _wrong_type(name, "a table", value, source)
             changes[key] = _fill(current, value, source, name + ".")
+        elif key == "models":
+            changes[key] = _models(value, source)
         else:
             changes[key] = _scalar(str(known[key].type), name, value, source)
     return replace(defaults, **changes)  # type: ignore[type-var]  # always a dataclass instance
+
+
+def _models(raw: Any, source: str) -> Dict[str, ModelConfig]:
+    if not isinstance(raw, dict):
+        raise _wrong_type("models", "a table", raw, source)
+    for name, table in raw.items():
+        if not isinstance(table, dict):
+            raise _wrong_type(f"models.{name}", "a table", table, source)
+    return {name: _fill(ModelConfig(), table, source, f"models.{name}.") for name, table in raw.items()}
 
 
 def _scalar(kind: str, name: str, value: Any, source: str) -> Any:
@@ -217,6 +260,22 @@ def _check(config: Config, source: str) -> None:
     }.items():
         if value < 0:
             raise _wrong_type(name, "zero or more", value, source)
+    for name, model in config.models.items():
+        _check_model(model, f"models.{name}", source)
+
+
+def _check_model(model: ModelConfig, prefix: str, source: str) -> None:
+    for key in ("threads", "numa_node"):
+        if getattr(model, key) < -1:
+            raise _wrong_type(f"{prefix}.{key}", "-1 or more", getattr(model, key), source)
+    if not 0 < model.run_timeout_s < float("inf"):
+        raise _wrong_type(f"{prefix}.run_timeout_s", "a number above zero", model.run_timeout_s, source)
+    try:
+        parse_cpus(model.cpus)
+    except ValueError as error:
+        raise BadInput(
+            f"{source} cannot be used", f"'{prefix}.cpus': {error}", 'write cores as in "0-1,4"'
+        ) from error
 
 
 def _check_address(address: Address, name: str, source: str) -> None:

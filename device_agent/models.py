@@ -15,6 +15,7 @@ from typing import Any, Dict, List, Optional
 
 import numpy as np
 
+from device_agent.affinity import Placement, parse_cpus, resolve
 from device_agent.batching.batcher import Batcher, BatcherSettings
 from device_agent.batching.policy import PolicySettings
 from device_agent.config import Config
@@ -77,7 +78,7 @@ class Models:
             Missing: a runtime is not installed.
             Refused: no engine loads and reproduces the golden outputs, not even the portable graph.
         """
-        settings = EngineSettings(threads=self._config.threads)
+        settings = self._engine_settings(manifest.name)
         failure: Optional[Refused] = None
         for engine in candidates(directory, manifest, settings):
             try:
@@ -136,6 +137,12 @@ class Models:
     def serving(self) -> List[LoadedModel]:
         """Every serving version, by name."""
         return [self._serving[name] for name in sorted(self._serving)]
+
+    def _engine_settings(self, name: str) -> EngineSettings:
+        model = self._config.of_model(name)
+        node = None if model.numa_node < 0 else model.numa_node
+        placement = resolve(Placement(parse_cpus(model.cpus), node))
+        return EngineSettings(self._config.threads if model.threads < 0 else model.threads, placement)
 
     def _batcher_settings(self, manifest: Manifest) -> BatcherSettings:
         policy = PolicySettings(

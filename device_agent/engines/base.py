@@ -7,6 +7,7 @@ from typing import Any, Dict, Mapping, Protocol, Tuple
 
 import numpy as np
 
+from device_agent.affinity import ANYWHERE, Placement
 from device_agent.manifest import TensorSpec
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
@@ -25,10 +26,12 @@ class EngineSettings:
     """How an engine may use the machine.
 
     Attributes:
-        threads: threads for one run; 0: as many as the machine has cores.
+        threads: threads for one run; 0: as many as ``placement`` has cores, or the machine.
+        placement: the cores and the memory node that it may use.
     """
 
     threads: int = 0
+    placement: Placement = ANYWHERE
 
 
 class Engine(Protocol):

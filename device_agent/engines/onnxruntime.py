@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _binding
 
+from device_agent.affinity import Placement, placed
 from device_agent.engines.base import Arrays, Engine, EngineError, EngineSettings, InputError
 from device_agent.errors import Refused
 from device_agent.manifest import TensorSpec
@@ -61,9 +62,10 @@ def open_graph(path: Path, settings: EngineSettings) -> Engine:
         Refused: ONNX Runtime does not take the file.
     """
     try:
-        session = onnxruntime.InferenceSession(
-            str(path), sess_options=_options(settings), providers=["CPUExecutionProvider"]
-        )
+        with placed(settings.placement):  # the session's threads inherit it
+            session = onnxruntime.InferenceSession(
+                str(path), sess_options=_options(settings), providers=["CPUExecutionProvider"]
+            )
         return OnnxRuntimeEngine(session)
     except _ERRORS as error:
         raise Refused(
@@ -75,11 +77,25 @@ def open_graph(path: Path, settings: EngineSettings) -> Engine:
 
 def _options(settings: EngineSettings) -> Any:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = settings.threads
+    threads = settings.threads or len(settings.placement.cpus)
+    options.intra_op_num_threads = threads
+    affinities = _thread_affinities(settings.placement, threads)
+    if affinities:
+        options.add_session_config_entry("session.intra_op_thread_affinities", affinities)
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3  # errors only; the agent reports what a person can act on
     return options
+
+
+def _thread_affinities(placement: Placement, threads: int) -> str:
+    """A core for each of the session's own threads, counted from 1; the thread that runs it is one more.
+
+    Only where there is a core for each: fewer threads than cores may move among them, as they inherited.
+    """
+    if len(placement.cpus) != threads:
+        return ""
+    return ";".join(str(core + 1) for core in placement.cpus[1:])
 
 
 class OnnxRuntimeEngine:

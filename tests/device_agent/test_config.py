@@ -22,7 +22,7 @@ def test_every_setting_has_a_default(tmp_path: Path) -> None:
 def test_the_documented_defaults_are_the_defaults() -> None:
     """The configuration in docs/serving.md, used as it is, changes nothing."""
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-    block = text.partition("These are the defaults:\n")[2].partition("\n## ")[0]
+    block = text.partition("These are the defaults:\n")[2].partition("\nSettings of one model")[0]
     documented = textwrap.dedent(block)
     assert "max_queue_delay_us" in documented
     assert config.parse(documented, "docs/serving.md") == config.Config()
@@ -43,9 +43,22 @@ def test_a_file_overrides_what_it_names_and_nothing_else(tmp_path: Path) -> None
     assert loaded.batching.max_queue_delay_us == 500
 
 
+def test_a_model_has_settings_of_its_own() -> None:
+    """A table [models.NAME] changes that model; every other one has the defaults."""
+    loaded = config.parse("[models.detector]\nthreads = 2\ncpus = '0-1'\nisolate = true", "agent.toml")
+    assert loaded.of_model("detector") == config.ModelConfig(threads=2, cpus="0-1", isolate=True)
+    assert loaded.of_model("other") == config.ModelConfig()
+
+
 @pytest.mark.parametrize(
     ("text", "why", "fix"),
     [
+        ("models = 1", "'models' is 1", "a table"),
+        ("[models]\ndetector = 1", "'models.detector' is 1", "a table"),
+        ("[models.detector]\ncpu = '0'", "'models.detector.cpu' is unknown", "'models.detector.cpus'"),
+        ("[models.detector]\ncpus = '1-0'", "'1-0' is not an ascending range", '"0-1,4"'),
+        ("[models.detector]\nthreads = -2", "'models.detector.threads' is -2", "-1 or more"),
+        ("[models.detector]\nrun_timeout_s = 0", "run_timeout_s' is 0", "above zero"),
         ("thread = 2", "'thread' is unknown", "'threads'"),
         ("[limits]\nmax_que_size = 2", "'limits.max_que_size' is unknown", "'limits.max_queue_size'"),
         ("[http]\nhots = '127.0.0.1'", "'http.hots' is unknown", "'http.host'"),
