@@ -18,6 +18,7 @@ from device_agent.models import Models
 from device_agent.server import control
 from device_agent.server.http import HttpServer
 from device_agent.server.routes import InferenceRoutes
+from device_agent.server.service import InferenceService
 from device_agent.server.status import StatusRoutes
 from device_agent.signature import Trust
 from device_agent.store import Store
@@ -54,8 +55,8 @@ async def _serve(config: Config, store: Store) -> int:
     models = Models(config, metrics)
     lifecycle = Lifecycle(store, Trust(config.keys_dir, config.allow_unsigned), models)
     lifecycle.bind(loop)
-    routes = InferenceRoutes(models, metrics, config)
-    http = HttpServer(routes, config.limits, metrics.count_http_error)
+    service = InferenceService(models, metrics, config)
+    http = HttpServer(InferenceRoutes(service), config.limits, metrics.count_http_error)
     status = HttpServer(StatusRoutes(models, metrics), config.limits, metrics.count_http_error)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -66,14 +67,14 @@ async def _serve(config: Config, store: Store) -> int:
     metrics_address = await _listen(status, config.metrics)
     await loop.run_in_executor(None, lifecycle.restore)
     control_server = await control.start(config.control_socket, lifecycle)
-    routes.ready = True
+    service.ready = True
     _log.info("listening http=%s metrics=%s control=%s", http_address, metrics_address, config.control_socket)
     _notify_service_manager("READY=1")
 
     await stop.wait()
     _notify_service_manager("STOPPING=1")
     _log.info("stopping: finishing accepted requests")
-    routes.ready = False
+    service.ready = False
     control_server.close()
     complete = await http.drain(config.limits.drain_timeout_s)
     await status.drain(1.0)

@@ -7,10 +7,10 @@ from typing import Any, Dict
 
 from device_agent.manifest import TensorSpec
 from device_agent.metrics import Histogram, ModelMetrics
-from device_agent.server.protocol import ModelProtocol
+from device_agent.server.interface import ModelInterface
 
 
-def model_metadata(model: ModelProtocol, runtime: str) -> Dict[str, Any]:
+def model_metadata(model: ModelInterface, runtime: str) -> Dict[str, Any]:
     """Answer to ``GET /v2/models/M``; shapes include the batch axis as -1."""
     return {
         "name": model.name,
@@ -22,7 +22,7 @@ def model_metadata(model: ModelProtocol, runtime: str) -> Dict[str, Any]:
 
 
 def model_config(
-    model: ModelProtocol, runtime: str, batchable: bool, max_queue_delay_us: int
+    model: ModelInterface, runtime: str, batchable: bool, max_queue_delay_us: int
 ) -> Dict[str, Any]:
     """Answer to ``GET /v2/models/M/config``, as Triton writes it: dims leave the batch axis out."""
     skip = 1 if batchable else 0

@@ -16,6 +16,7 @@ from device_agent.manifest import TensorSpec
 from device_agent.server.content import compress, decompress
 from device_agent.server.documents import model_config, model_metadata
 from device_agent.server.fields import ProtocolError
+from device_agent.server.interface import ModelInterface
 from device_agent.server.paths import parse_path
 from device_agent.server.protocol import ModelProtocol
 from device_agent.tensors import NUMPY_DTYPES, object_array
@@ -116,13 +117,14 @@ def test_bytes_tensors_that_lie_about_their_length_are_refused(data: bytes) -> N
 
 # Requests
 
-MODEL = ModelProtocol(
+INTERFACE = ModelInterface(
     "m\u00f6del",
     "3",
     [TensorSpec("x", "FP32", (-1, 2)), TensorSpec("n", "INT64", (-1, 1))],
     [TensorSpec("y", "FP32", (-1, 2)), TensorSpec("h", "FP16", (-1, 1))],
     max_batch_size=4,
 )
+MODEL = ModelProtocol(INTERFACE)
 
 
 def json_request(**changes: Any) -> Dict[str, Any]:
@@ -156,11 +158,11 @@ def test_a_json_request_is_read_exactly() -> None:
     """Shapes, rows, id and 64-bit integers arrive as they were sent."""
     request = decode(json_request(id="caf\u00e9", parameters={"timeout": 1500}))
     assert request.id == "caf\u00e9"
-    assert request.rows == 1
-    assert request.timeout_s == 0.0015
+    assert request.head.rows == 1
+    assert request.head.timeout_s == 0.0015
     assert request.inputs["x"].tolist() == [[1.0, 2.0]]
     assert request.inputs["n"].tolist() == [[9007199254740993]]
-    assert [(wish.name, wish.binary) for wish in request.outputs] == [("y", False), ("h", False)]
+    assert [(wish.name, wish.binary) for wish in request.head.outputs] == [("y", False), ("h", False)]
 
 
 def test_binary_and_json_inputs_may_be_mixed() -> None:
@@ -207,7 +209,7 @@ def test_a_repeated_head_is_never_answered_with_an_older_body() -> None:
 def test_outputs_are_those_asked_for(outputs: Any, parameters: Any, wishes: Any) -> None:
     """None named means all; an output's own setting goes before the request's."""
     request = decode(json_request(outputs=outputs, parameters=parameters))
-    assert [(wish.name, wish.binary) for wish in request.outputs] == wishes
+    assert [(wish.name, wish.binary) for wish in request.head.outputs] == wishes
 
 
 @pytest.mark.parametrize(
@@ -364,13 +366,13 @@ def test_types_without_a_json_form_say_so() -> None:
 
 def test_metadata_shows_the_batch_axis_and_config_hides_it() -> None:
     """As Triton does: metadata shapes start with -1, config dims leave the batch out."""
-    metadata = model_metadata(MODEL, "onnxruntime")
+    metadata = model_metadata(INTERFACE, "onnxruntime")
     assert metadata["inputs"][0] == {"name": "x", "datatype": "FP32", "shape": [-1, 2]}
     assert metadata["versions"] == ["3"]
-    config = model_config(MODEL, "onnxruntime", True, 0)
+    config = model_config(INTERFACE, "onnxruntime", True, 0)
     assert config["max_batch_size"] == 4
     assert config["input"][0] == {"name": "x", "data_type": "TYPE_FP32", "dims": [2]}
-    fixed = model_config(MODEL, "onnxruntime", False, 0)
+    fixed = model_config(INTERFACE, "onnxruntime", False, 0)
     assert fixed["max_batch_size"] == 0
     assert fixed["input"][0]["dims"] == [-1, 2]
 

@@ -1,0 +1,222 @@
+"""What clients may ask of the agent, over HTTP or gRPC: inference, documents, repository, shared memory.
+
+Everything runs on the event loop. What is wrong with a request is a ProtocolError; its status is that of HTTP
+(gRPC translates it).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Callable, Coroutine, Dict, List, Optional, Set
+
+from device_agent import __version__
+from device_agent.batching.batcher import Arrays, DeadlineExceeded, Job, QueueFull
+from device_agent.config import Config
+from device_agent.engines.base import InputError
+from device_agent.errors import AgentError
+from device_agent.metrics import Metrics
+from device_agent.models import LoadedModel, Models
+from device_agent.server.documents import model_config, model_metadata, model_statistics
+from device_agent.server.fields import ProtocolError
+from device_agent.server.interface import InferRequest, ModelInterface
+from device_agent.server.shared_memory import Regions
+
+EXTENSIONS = [
+    "binary_tensor_data",
+    "model_configuration",
+    "model_repository",
+    "statistics",
+    "system_shared_memory",
+]
+INTERNAL_ERROR = "the agent failed; its log has the cause"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A loaded model and what its clients see of it; a new one after every swap."""
+
+    loaded: LoadedModel
+    interface: ModelInterface
+
+
+class InferenceService:
+    """The Open Inference Protocol's operations on the loaded models.
+
+    Attributes:
+        ready: whether every model that should serve has been loaded.
+        max_body_bytes: largest request, also after it is decompressed.
+        regions: the registered shared memory.
+    """
+
+    def __init__(self, models: Models, metrics: Metrics, config: Config) -> None:
+        self.ready = False
+        self.max_body_bytes = config.limits.max_body_bytes
+        self.regions = Regions()
+        self._models = models
+        self._metrics = metrics
+        self._config = config
+        self._served: Dict[str, ServedModel] = {}
+        self._unloaded: Dict[str, LoadedModel] = {}  # by a client; what it may load again
+        self._tasks: Set[asyncio.Task[None]] = set()
+
+    # Inference
+
+    def find(self, name: str, version: Optional[str] = None) -> ServedModel:
+        """The model that answers to a name and, where one is given, a version.
+
+        Raises:
+            ProtocolError: 404.
+        """
+        loaded = self._models.get(name)
+        if loaded is None:
+            raise ProtocolError(404, f"model '{name}' is not found")
+        if version is not None and version != loaded.version:
+            raise ProtocolError(404, f"model '{name}' has no version {version}; it has {loaded.version}")
+        known = self._served.get(name)
+        if known is None or known.loaded is not loaded:
+            known = self._served[name] = ServedModel(loaded, _interface_of(loaded))
+        return known
+
+    def submit(
+        self, model: ServedModel, request: InferRequest, on_done: Callable[[Job], None]
+    ) -> Callable[[], None]:
+        """Queue a request.
+
+        Args:
+            model: which model.
+            request: checked by ``model.interface``.
+            on_done: called on the event loop when the job has an outcome. Must not raise: the other requests
+                of its batch come after it.
+
+        Returns:
+            A function that forgets the request, for a client that is gone.
+
+        Raises:
+            ProtocolError: 503: the queue is full, or the request cannot start within its timeout.
+        """
+        head = request.head
+        job = Job(request.inputs, head.rows, head.batch_key, on_done, head.timeout_s)
+        name = model.interface.name
+        try:
+            model.loaded.batcher.submit(job)
+        except QueueFull:
+            raise ProtocolError(503, f"model '{name}' has as many requests waiting as it may") from None
+        except DeadlineExceeded as error:
+            raise _job_error(name, error) from None
+        return partial(model.loaded.batcher.cancel, job)
+
+    def outputs_of(self, name: str, job: Job) -> Arrays:
+        """The result of a job of model ``name`` that is done.
+
+        Raises:
+            ProtocolError: 400 for values that the runtime cannot carry, 503 for a missed deadline, 500 for
+                whatever else went wrong in the engine.
+        """
+        if job.error is not None or job.outputs is None:
+            raise _job_error(name, job.error)
+        return job.outputs
+
+    # Documents
+
+    def server_metadata(self) -> Dict[str, Any]:
+        """Name, version and extensions."""
+        return {"name": "edgekit-agent", "version": __version__, "extensions": EXTENSIONS}
+
+    def model_ready(self, name: str, version: Optional[str] = None) -> bool:
+        """Whether a model serves."""
+        try:
+            self.find(name, version)
+        except ProtocolError:
+            return False
+        return True
+
+    def model_metadata(self, name: str, version: Optional[str] = None) -> Dict[str, Any]:
+        """See :func:`device_agent.server.documents.model_metadata`; ProtocolError 404."""
+        model = self.find(name, version)
+        return model_metadata(model.interface, model.loaded.engine.runtime)
+
+    def model_config(self, name: str, version: Optional[str] = None) -> Dict[str, Any]:
+        """See :func:`device_agent.server.documents.model_config`; ProtocolError 404."""
+        model = self.find(name, version)
+        delay_us = self._config.batching.max_queue_delay_us
+        return model_config(model.interface, model.loaded.engine.runtime, model.loaded.batchable, delay_us)
+
+    def statistics(self, name: Optional[str] = None, version: Optional[str] = None) -> Dict[str, Any]:
+        """Statistics of one model, or of all where ``name`` is None; ProtocolError 404."""
+        models = self._models.serving() if name is None else [self.find(name, version).loaded]
+        return {"model_stats": [self._statistics_of(loaded) for loaded in models]}
+
+    def _statistics_of(self, loaded: LoadedModel) -> Dict[str, Any]:
+        name = loaded.manifest.name
+        return model_statistics(name, loaded.version, self._metrics.of_model(name, loaded.digest))
+
+    # The repository extension
+
+    def index(self, ready_only: bool) -> List[Dict[str, str]]:
+        """Every model that serves, and those that clients unloaded unless ``ready_only``."""
+        entries = [_index_entry(loaded, "READY", "") for loaded in self._models.serving()]
+        if not ready_only:
+            unloaded = [m for name, m in sorted(self._unloaded.items()) if self._models.get(name) is None]
+            entries += [_index_entry(model, "UNAVAILABLE", "unloaded") for model in unloaded]
+        return entries
+
+    async def load(self, name: str) -> None:
+        """Serve a model again that a client unloaded.
+
+        Raises:
+            ProtocolError: 400: it is not installed, or does not come up.
+        """
+        if self._models.get(name) is not None:
+            return
+        known = self._unloaded.get(name)
+        if known is None:
+            raise ProtocolError(400, f"model '{name}' is not installed on this device")
+        loop = asyncio.get_running_loop()
+        prepare = partial(self._models.prepare, known.directory, known.manifest, known.digest)
+        try:
+            loaded = await loop.run_in_executor(None, prepare)
+        except AgentError as error:
+            raise ProtocolError(400, f"model '{name}' does not load: {error.what}: {error.why}") from error
+        # Another load, or an installation, may have been quicker; then that one stays.
+        replaced = loaded if self._models.get(name) else self._models.switch(loaded)
+        if replaced is not None:
+            self.spawn(self._models.retire(replaced))
+
+    def unload(self, name: str) -> None:
+        """Serve a model no more; requests that it accepted are answered. An unknown one is no error."""
+        loaded = self._models.unload(name)
+        self._served.pop(name, None)
+        if loaded is not None:
+            self._unloaded[name] = loaded
+            self.spawn(self._models.retire(loaded))
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something in the background."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # the loop itself keeps only a weak reference
+        task.add_done_callback(self._tasks.discard)
+
+
+def _job_error(name: str, error: Optional[Exception]) -> ProtocolError:
+    if isinstance(error, InputError):
+        return ProtocolError(400, str(error))
+    if isinstance(error, DeadlineExceeded):
+        return ProtocolError(503, "the request cannot run within its timeout")
+    _log.error("model %s failed: %s", name, error)
+    return ProtocolError(500, f"model '{name}' failed: {error}")
+
+
+def _interface_of(loaded: LoadedModel) -> ModelInterface:
+    manifest = loaded.manifest
+    return ModelInterface(
+        manifest.name, loaded.version, manifest.inputs, manifest.outputs, manifest.max_batch_size
+    )
+
+
+def _index_entry(loaded: LoadedModel, state: str, reason: str) -> Dict[str, str]:
+    return {"name": loaded.manifest.name, "version": loaded.version, "state": state, "reason": reason}
