@@ -7,7 +7,7 @@ import logging
 from functools import partial
 from typing import Any, Callable, Dict, Optional
 
-from device_agent.batching.batcher import Job
+from device_agent.batching.job import Job
 from device_agent.server.connection import BINARY, JSON, Connection, Request
 from device_agent.server.content import compress, decompress
 from device_agent.server.fields import ProtocolError, error_body, load_json

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Callable, Coroutine, Dict, List, Optional, Set
 
 from device_agent import __version__
-from device_agent.batching.batcher import Arrays, DeadlineExceeded, Job, QueueFull
+from device_agent.batching.job import DeadlineExceeded, Job, QueueFull
 from device_agent.config import Config
 from device_agent.engines.base import InputError
 from device_agent.errors import AgentError
@@ -21,7 +21,7 @@ from device_agent.metrics import Metrics
 from device_agent.models import LoadedModel, Models
 from device_agent.server.documents import model_config, model_metadata, model_statistics
 from device_agent.server.fields import ProtocolError
-from device_agent.server.interface import InferRequest, ModelInterface
+from device_agent.server.interface import Arrays, InferRequest, ModelInterface
 from device_agent.server.shared_memory import Regions
 
 EXTENSIONS = [
