@@ -6,7 +6,7 @@ scales = calibrate(model, samples)
 int8 = quantize(model, scales).model
 """
 
-from calibration.choice import Choice, choose
+from calibration.choice import METHODS, Attempt, Choice, Options, choose
 from calibration.errors import CalibrationError
 from calibration.fp16 import Fp16Report, to_fp16
 from calibration.prepare import prepare
@@ -18,10 +18,13 @@ from calibration.sensitivity import LayerSensitivity, sensitivity, sqnr_db
 from calibration.tensorrt_cache import layer_precisions, read_cache, write_cache
 
 __all__ = [
+    "METHODS",
+    "Attempt",
     "CalibrationError",
     "Choice",
     "Fp16Report",
     "LayerSensitivity",
+    "Options",
     "Protected",
     "Quantized",
     "Report",

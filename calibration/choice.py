@@ -1,88 +1,277 @@
-"""Choosing the observer by what it does to the model, not by habit."""
+"""Choosing observer and methods by what they do to the model, not by habit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from onnx import ModelProto
 
+from calibration.errors import CalibrationError
 from calibration.graph import Array
+from calibration.methods.bias_correction import correct_biases
+from calibration.methods.equalization import equalize
+from calibration.methods.rows import Row, first_rows
+from calibration.methods.smoothing import smooth
 from calibration.observers import DEFAULT_PERCENTILE, OBSERVERS
 from calibration.prepare import prepare
 from calibration.quantizer import Quantized, quantize
 from calibration.runner import calibrate_each
 from calibration.scales import Scales
 from calibration.sensitivity import Reference
+from calibration.targets import target_named
+
+#: In the order in which they are tried: those that change the ranges come before those that rest on them.
+METHODS = ("equalization", "smoothing", "bias_correction")
+#: A method has to bring this much of the outputs' SQNR to be kept; less is within the noise of held-out rows.
+MIN_GAIN_DB = 0.1
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``choose`` may try.
+
+    Attributes:
+        observers: the candidates, cheapest first.
+        methods: those of ``METHODS`` to try, whatever their order here; none: observers only.
+        percentile: for the percentile observer.
+        target: the runtime, as for ``quantize``.
+        exclude: names of linear operators to keep in float.
+        weight_bits: 8 or 7, as for ``quantize``.
+        method_rows: how many rows the methods look at; they are held in memory.
+        budget_s: no method begins after this many seconds; None: all are tried. With a budget the result
+            depends on the machine's speed; without one it does not.
+        threads: for ONNX Runtime; 0 leaves the choice to it.
+    """
+
+    observers: Sequence[str] = OBSERVERS
+    methods: Sequence[str] = METHODS
+    percentile: float = DEFAULT_PERCENTILE
+    target: str = "onnxruntime"
+    exclude: Sequence[str] = ()
+    weight_bits: int = 8
+    method_rows: int = 32
+    budget_s: float | None = None
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What was tried, and what it brought.
+
+    Attributes:
+        name: of the observer or the method.
+        score: of the INT8 graph; None where there was nothing to judge.
+        gain: against the best before it; None for the first, and where one of the two is not finite.
+        kept: whether the result rests on it.
+        why: the reason that there is no score.
+    """
+
+    name: str
+    score: float | None
+    gain: float | None
+    kept: bool
+    why: str | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The observer that did best, and how the others did.
+    """The INT8 graph that did best, what it was made from, and how everything else did.
 
     Attributes:
-        observer: its name.
+        observer: the observer of ``scales``.
+        methods: the methods that were kept, in the order in which they were applied.
+        model: the prepared graph that ``scales`` and ``quantized`` belong to, with all methods applied.
+        exact: the same without those methods that change the float function: what a layer that stays in
+            float has to compute. The same object as ``model`` where there is none.
         scales: its scales.
         quantized: the INT8 graph made from them.
-        scores: what each observer reached, by name; higher is better.
-        metric: what the scores are: ``task``, or ``sqnr_db`` of the outputs.
+        score: of ``quantized``; higher is better.
+        metric: what scores are: ``task``, or ``sqnr_db`` of the outputs.
+        attempts: all that was tried, in order.
     """
 
     observer: str
+    methods: tuple[str, ...]
+    model: ModelProto
+    exact: ModelProto
     scales: Scales
     quantized: Quantized
-    scores: Mapping[str, float]
+    score: float
     metric: str
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """What each attempt reached, by name."""
+        return {attempt.name: attempt.score for attempt in self.attempts if attempt.score is not None}
 
 
 def choose(
     model: ModelProto,
     samples: Iterable[Mapping[str, Array]],
     holdout: Sequence[Mapping[str, Array]],
+    options: Options = Options(),
     *,
     evaluate: Callable[[ModelProto], float] | None = None,
-    observers: Sequence[str] = OBSERVERS,
-    target: str = "onnxruntime",
-    exclude: Collection[str] = (),
-    weight_bits: int = 8,
-    percentile: float = DEFAULT_PERCENTILE,
-    threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Choice:
-    """Calibrate once, quantize with each observer, and keep the one that scores best.
+    """Quantize with each observer, keep the best, then try each method on top and keep those that help.
 
-    One pass over the samples serves every observer. Among equals the first of ``observers`` wins; the
-    default order is the cheapest first.
+    One pass over the samples serves every observer; each method that changes the graph costs one more.
+    Among equals the first observer wins. The same arguments give the same graph, unless there is a time
+    budget.
 
     Args:
         model: a float model.
-        samples: what the ranges are taken from.
+        samples: what the ranges are taken from. With methods they are read several times: give a list, or
+            an iterable that starts over, not a generator.
         holdout: what the candidates are judged on; best other rows than ``samples``. Not used, and may be
             empty, with ``evaluate``.
+        options: what may be tried.
         evaluate: the task's metric of an INT8 model, higher is better; without it the candidates are
             judged by the signal to quantization noise of their outputs, which needs no labels.
-        observers: the candidates.
-        target: the runtime, as for ``quantize``.
-        exclude: names of linear operators to keep in float.
-        weight_bits: 8 or 7, as for ``quantize``.
-        percentile: for the percentile observer.
-        threads: for ONNX Runtime; 0 leaves the choice to it.
-        progress: called after each sample with the number of rows done.
+        progress: called after each sample of a pass with the number of rows done; a pass begins at 0.
 
     Raises:
-        CalibrationError: as ``calibrate`` and ``quantize``, and where ``holdout`` is empty and needed.
+        CalibrationError: as ``calibrate`` and ``quantize``; where ``holdout`` is empty and needed; an unknown
+            method; samples that can be read only once.
     """
+    _check(options, samples)
     prepared = prepare(model)
     metric = "sqnr_db" if evaluate is None else "task"
     if evaluate is None:
-        evaluate = Reference(prepared, holdout, threads).sqnr_db
-    found = calibrate_each(
-        prepared, samples, observers, percentile=percentile, threads=threads, progress=progress
+        evaluate = Reference(prepared, holdout, options.threads).sqnr_db
+    search = _Search(samples, options, evaluate, MIN_GAIN_DB if metric == "sqnr_db" else 0.0, progress)
+    best, attempts = search.run(prepared)
+    kept = frozenset((best.scales.observer, *best.methods))
+    return Choice(
+        observer=best.scales.observer,
+        methods=best.methods,
+        model=best.model,
+        exact=best.exact,
+        scales=best.scales,
+        quantized=best.quantized,
+        score=best.score,
+        metric=metric,
+        attempts=tuple(replace(attempt, kept=attempt.name in kept) for attempt in attempts),
     )
-    scores: dict[str, float] = {}
-    candidates: dict[str, Quantized] = {}
-    for name, scales in found.items():
-        candidates[name] = quantize(prepared, scales, target, exclude=exclude, weight_bits=weight_bits)
-        scores[name] = float(evaluate(candidates[name].model))
-    best = max(scores, key=lambda name: scores[name])
-    return Choice(best, found[best], candidates[best], scores, metric)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A graph with its scales, quantized and judged."""
+
+    model: ModelProto
+    exact: ModelProto
+    scales: Scales
+    quantized: Quantized
+    score: float
+    methods: tuple[str, ...] = ()
+
+
+class _Search:
+    """Greedy composition: a method is applied to the best so far."""
+
+    def __init__(
+        self,
+        samples: Iterable[Row],
+        options: Options,
+        evaluate: Callable[[ModelProto], float],
+        min_gain: float,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self._samples = samples
+        self._options = options
+        self._evaluate = evaluate
+        self._min_gain = min_gain
+        self._progress = progress
+        self._target = target_named(options.target)
+        self._deadline = math.inf if options.budget_s is None else time.monotonic() + options.budget_s
+
+    def run(self, prepared: ModelProto) -> tuple[_Candidate, list[Attempt]]:
+        """The best candidate, and every attempt; ``kept`` is not decided yet."""
+        observed = list(self._observe(prepared, ()))
+        best = max(observed, key=lambda candidate: candidate.score)
+        attempts, so_far = [], None
+        for candidate in observed:
+            attempts.append(_attempt(candidate.scales.observer, candidate.score, so_far))
+            so_far = candidate.score if so_far is None else max(so_far, candidate.score)
+        wanted = [name for name in METHODS if name in self._options.methods]
+        rows = first_rows(prepared, self._samples, self._options.method_rows) if wanted else []
+        for name in wanted:
+            if time.monotonic() > self._deadline:
+                attempts.append(Attempt(name, None, None, False, "the time budget was used up"))
+                continue
+            found = self._apply(name, best, rows)
+            if found is None:
+                attempts.append(Attempt(name, None, None, False, "it finds nothing to change in this model"))
+                continue
+            attempts.append(_attempt(name, found.score, best.score))
+            if found.score > best.score + self._min_gain:
+                best = found
+        return best, attempts
+
+    def _apply(self, name: str, best: _Candidate, rows: Sequence[Row]) -> _Candidate | None:
+        """The best so far with one method more; None where the method changes nothing."""
+        threads = self._options.threads
+        methods = (*best.methods, name)
+        if name in ("equalization", "smoothing"):
+            changed = (
+                equalize(best.exact)
+                if name == "equalization"
+                else smooth(best.exact, rows, self._target, threads)
+            )
+            if changed is None:
+                return None
+            return max(self._observe(changed, methods), key=lambda candidate: candidate.score)
+        layers = best.quantized.report.quantized
+        corrected = correct_biases(
+            best.model, best.quantized.model, layers, rows, reference=best.exact, threads=threads
+        )
+        return None if corrected is None else self._judge(corrected, best.exact, best.scales, methods)
+
+    def _observe(self, model: ModelProto, methods: tuple[str, ...]) -> Iterator[_Candidate]:
+        """Calibrate a graph, and judge it with the scales of each observer."""
+        found = calibrate_each(
+            model,
+            self._samples,
+            self._options.observers,
+            percentile=self._options.percentile,
+            threads=self._options.threads,
+            progress=self._progress,
+        )
+        for scales in found.values():
+            yield self._judge(model, model, scales, methods)
+
+    def _judge(
+        self, model: ModelProto, exact: ModelProto, scales: Scales, methods: tuple[str, ...]
+    ) -> _Candidate:
+        options = self._options
+        quantized = quantize(
+            model, scales, options.target, exclude=options.exclude, weight_bits=options.weight_bits
+        )
+        return _Candidate(model, exact, scales, quantized, float(self._evaluate(quantized.model)), methods)
+
+
+def _attempt(name: str, score: float, before: float | None) -> Attempt:
+    gain = score - before if before is not None and math.isfinite(score) and math.isfinite(before) else None
+    return Attempt(name, score, gain, kept=False)
+
+
+def _check(options: Options, samples: Iterable[Row]) -> None:
+    unknown = sorted(set(options.methods) - set(METHODS))
+    if unknown:
+        raise CalibrationError(
+            f"there is no method {unknown[0]!r}",
+            "methods change a graph so that its INT8 form comes closer to it",
+            "choose among: " + ", ".join(METHODS),
+        )
+    if options.methods and iter(samples) is samples:
+        raise CalibrationError(
+            "the samples can be read only once",
+            "methods need several passes over them, and this is an iterator or a generator",
+            "give a list or an iterable that starts over, or Options(methods=())",
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,25 +59,28 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
 
 
 def _to_int8(graph: Any, inputs: Inputs, settings: Quantize, out: Path) -> tuple[Any, dict[str, Any]]:
-    from calibration import calibrate, choose, quantize
+    from calibration import Options, calibrate, choose, quantize
 
     count = inputs.sources.calib.count
     total = settings.max_samples if count is None else min(count, settings.max_samples)
-    options: dict[str, Any] = {
-        "percentile": settings.percentile,
-        "progress": lambda done: inputs.tick(done, total),
-    }
+
+    def progress(done: int) -> None:
+        inputs.tick(done, total)
+
     calib, judges = inputs.sources.calib.take(settings.max_samples), list[Arrays]()
     scores: dict[str, float] = {}
     if settings.observer == "auto":
         calib, held_out = calib.split(_JUDGE_EVERY)
-        judges = list(_rows(held_out.take(_MOST_JUDGES)))
+        judges = list(_Rows(held_out.take(_MOST_JUDGES)))
     if judges:
-        choice = choose(graph, _rows(calib), judges, **options)
+        options = Options(percentile=settings.percentile)
+        choice = choose(graph, _Rows(calib), judges, options, progress=progress)
         scales, quantized, scores = choice.scales, choice.quantized, dict(choice.scores)
     else:
         observer = "minmax" if settings.observer == "auto" else settings.observer
-        scales = calibrate(graph, _rows(calib), observer=observer, **options)
+        scales = calibrate(
+            graph, _Rows(calib), observer=observer, percentile=settings.percentile, progress=progress
+        )
         quantized = quantize(graph, scales)
     scales.save(out / SCALES_FILE)
     return quantized.model, {
@@ -93,7 +96,7 @@ def _to_fp16(graph: Any, inputs: Inputs) -> tuple[Any, dict[str, Any]]:
     """Convert; operators whose values leave float16's range on real samples stay in fp32."""
     from calibration import calibrate, to_fp16
 
-    scales = calibrate(graph, _rows(inputs.sources.calib.take(_RANGE_SAMPLES)), observer="minmax")
+    scales = calibrate(graph, _Rows(inputs.sources.calib.take(_RANGE_SAMPLES)), observer="minmax")
     converted, report = to_fp16(graph, scales)
     return converted, {
         "calibrator": None,
@@ -103,7 +106,11 @@ def _to_fp16(graph: Any, inputs: Inputs) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def _rows(data: Dataset) -> Iterator[Arrays]:
-    """Samples as batches of one, so that texts are never padded."""
-    for batch in data.batches(1):
-        yield batch.inputs
+@dataclass(frozen=True)
+class _Rows:
+    """Samples as batches of one, so that texts are never padded; they can be read again and again."""
+
+    data: Dataset
+
+    def __iter__(self) -> Iterator[Arrays]:
+        return (batch.inputs for batch in self.data.batches(1))
