@@ -1,0 +1,90 @@
+"""Models that arrive inside a load request, kept in temporary directories of bounded size."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import Dict, Mapping
+
+from device_agent.errors import BadInput
+
+MAX_FILES = 256
+_PART = re.compile(r"[^/\\\0]{1,100}")
+
+
+class Uploads:
+    """What clients uploaded, by model name.
+
+    Args:
+        limit_bytes: of all files together.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._sizes: Dict[Path, int] = {}
+
+    def add(self, name: str, files: Mapping[str, bytes]) -> Path:
+        """Write the files of a model.
+
+        Args:
+            name: the model's.
+            files: content by path inside the model's directory, such as ``1/model.onnx``.
+
+        Returns:
+            The model's directory, of that name, to be given to :meth:`remove`.
+
+        Raises:
+            BadInput: a path that leaves the directory, or too much.
+        """
+        size = sum(map(len, files.values()))
+        if len(files) > MAX_FILES or size + sum(self._sizes.values()) > self._limit_bytes:
+            raise BadInput(
+                f"the files uploaded for model '{name}' are too large",
+                f"uploaded models may take {self._limit_bytes} bytes in {MAX_FILES} files each",
+                "unload a model that was uploaded, or raise limits.max_upload_bytes",
+            )
+        if name.startswith(".") or "/" in name:
+            raise _unusable(name, name)
+        paths = [_checked(name, path) for path in files]
+        directory = Path(tempfile.mkdtemp(prefix="edgekit-upload-"), name)
+        self._sizes[directory] = size
+        try:
+            for path, data in zip(paths, files.values()):
+                target = directory / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+        except OSError as error:
+            self.remove(directory)
+            raise BadInput(
+                f"the files uploaded for model '{name}' cannot be stored",
+                error.strerror or str(error),
+                "free space where temporary files are kept (TMPDIR)",
+            ) from error
+        return directory
+
+    def remove(self, directory: Path) -> None:
+        """Delete what :meth:`add` returned; any other directory is left alone."""
+        if self._sizes.pop(directory, None) is not None:
+            shutil.rmtree(directory.parent, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Delete everything."""
+        for directory in list(self._sizes):
+            self.remove(directory)
+
+
+def _checked(model: str, path: str) -> PurePosixPath:
+    parts = path.split("/")
+    if len(path) > 1024 or any(part in (".", "..") or not _PART.fullmatch(part) for part in parts):
+        raise _unusable(model, path)
+    return PurePosixPath(path)
+
+
+def _unusable(model: str, path: str) -> BadInput:
+    return BadInput(
+        f"a file uploaded for model '{model[:200]}' has no usable path",
+        f"'{path[:200]}' is not inside the model's directory",
+        "name it as in file:1/model.onnx",
+    )
