@@ -7,7 +7,7 @@ imported when somebody scrapes, and only formats.
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 if TYPE_CHECKING:
     from device_agent.batching.job import Job
@@ -55,6 +55,7 @@ class ModelMetrics:
     """Counters of one model version.
 
     Attributes:
+        version: the version as the protocol writes it; empty before it serves.
         queue_seconds, compute_seconds, total_seconds: of answered requests.
         batch_rows: size of each executed batch.
         queue_depth: requests waiting now.
@@ -67,6 +68,7 @@ class ModelMetrics:
     """
 
     def __init__(self) -> None:
+        self.version = ""
         self.queue_seconds = Histogram(SECONDS_BOUNDS)
         self.compute_seconds = Histogram(SECONDS_BOUNDS)
         self.total_seconds = Histogram(SECONDS_BOUNDS)
@@ -113,21 +115,22 @@ class Metrics:
 
     def __init__(self) -> None:
         self._models: Dict[Tuple[str, str], ModelMetrics] = {}
-        self._active: Dict[str, str] = {}
+        self._active: Dict[str, Mapping[str, str]] = {}
         self.http_errors: Dict[int, int] = {}
 
     def of_model(self, name: str, digest: str) -> ModelMetrics:
         """Counters of a model version; the same ones if that version was here before."""
         return self._models.setdefault((name, digest), ModelMetrics())
 
-    def activated(self, name: str, digest: str) -> None:
-        """Note which version serves; the counters of versions long replaced are dropped."""
-        self._active[name] = digest
-        key = (name, digest)
-        counters = self.of_model(name, digest)
-        del self._models[key]
-        self._models[key] = counters  # newest last
-        retired = [k for k in self._models if self._active.get(k[0]) != k[1]]
+    def activated(self, name: str, versions: Mapping[str, str]) -> None:
+        """Note what serves, as versions by digest; the counters of versions long replaced are dropped."""
+        self._active[name] = versions
+        for digest, version in versions.items():
+            counters = self.of_model(name, digest)
+            counters.version = version
+            del self._models[name, digest]
+            self._models[name, digest] = counters  # newest last
+        retired = [key for key in self._models if key[1] not in self._active.get(key[0], {})]
         for old in retired[:-_RETIRED_KEPT]:
             del self._models[old]
 

@@ -1,5 +1,7 @@
 """The models that serve: engine, self-test and batcher as one, swapped as one.
 
+An installed bundle serves one version; a model of a repository serves as many as its configuration says.
+
 A swap is a single assignment on the event loop: requests that came before it run on the old version, which
 is closed when its queue is empty; requests after it run on the new one. None fails.
 """
@@ -8,31 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional
-
-import numpy as np
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from device_agent.affinity import Placement, parse_cpus, resolve
 from device_agent.batching.batcher import Batcher, BatcherSettings
 from device_agent.batching.policy import PolicySettings
+from device_agent.batching.settings import Batching
 from device_agent.config import Config
-from device_agent.engines import candidates
+from device_agent.engines import candidates, load_runtime
 from device_agent.engines.base import Engine, EngineError, EngineSettings
 from device_agent.errors import Refused
 from device_agent.manifest import Manifest
 from device_agent.memory import give_back
 from device_agent.metrics import Metrics
 from device_agent.selftest import SelfTest, check, load_arrays
-
-_WARM_UP_RUNS = 3
-_WARM_UP_BUDGET_S = 0.2  # for batches larger than one; a slow model learns them while it serves
+from device_agent.warmup import learn_latency
 
 _log = logging.getLogger(__name__)
-
-Arrays = Dict[str, "np.ndarray[Any, Any]"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +36,15 @@ class LoadedModel:
     """A version that is ready to serve.
 
     Attributes:
-        manifest: the bundle's manifest.
-        digest: the bundle's identity.
+        manifest: the bundle's manifest; of a repository's model, what its configuration says.
+        digest: the bundle's identity, or that of the repository's files.
         directory: where it is unpacked.
         engine: passed the self-test and is warm.
         batcher: the queue in front of the engine.
         selftest: how close it came to the golden outputs.
         batchable: whether requests may share a run: every tensor has a free batch axis.
+        config: of a repository's model, its configuration in Triton's JSON form.
+        labels: the names of the classes, by output; outputs without names are not in it.
     """
 
     manifest: Manifest
@@ -56,6 +54,8 @@ class LoadedModel:
     batcher: Batcher
     selftest: SelfTest
     batchable: bool
+    config: Optional[Mapping[str, Any]] = None
+    labels: Mapping[str, Tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def version(self) -> str:
@@ -69,15 +69,23 @@ class Models:
     def __init__(self, config: Config, metrics: Metrics) -> None:
         self._config = config
         self._metrics = metrics
-        self._serving: Dict[str, LoadedModel] = {}
+        self._serving: Dict[str, Tuple[LoadedModel, ...]] = {}  # by name; versions ascend
+        self._repository_names: Set[str] = set()
 
     def prepare(self, directory: Path, manifest: Manifest, digest: str) -> LoadedModel:
         """Open the engine of an unpacked bundle, self-test it and warm it up. Blocks; changes nothing.
 
         Raises:
             Missing: a runtime is not installed.
-            Refused: no engine loads and reproduces the golden outputs, not even the portable graph.
+            Refused: no engine loads and reproduces the golden outputs, not even the portable graph; or the
+                model repository serves a model of that name.
         """
+        if manifest.name in self._repository_names:
+            raise Refused(
+                f"a model named {manifest.name} serves already",
+                "it comes from the model repository",
+                "unload it there, or start the agent without --model-repository",
+            )
         settings = self._engine_settings(manifest.name)
         failure: Optional[Refused] = None
         for engine in candidates(directory, manifest, settings):
@@ -103,25 +111,78 @@ class Models:
         give_back()
         return LoadedModel(manifest, digest, directory, engine, batcher, selftest, is_batchable(manifest))
 
+    def open_graph(self, graph: Path, name: str, threads: Optional[int]) -> Engine:
+        """Load an ONNX file that no bundle describes, as a model of ``name`` is configured. Blocks.
+
+        Args:
+            graph: the file.
+            name: the model's.
+            threads: of one run, where the configuration has no own number for the model; None: the agent's.
+
+        Raises:
+            Missing: ONNX Runtime is not installed.
+            Refused: it does not take the file.
+        """
+        settings = self._engine_settings(name)
+        if threads is not None and self._config.of_model(name).threads < 0:
+            settings = replace(settings, threads=threads)
+        engine: Engine = load_runtime("onnxruntime").open_graph(graph, settings)
+        return engine
+
+    def graph_batcher(
+        self, engine: Engine, manifest: Manifest, digest: str, batching: Optional[Batching]
+    ) -> Batcher:
+        """The queue in front of an engine of :meth:`open_graph`; without ``batching`` requests run alone."""
+        delay_us = batching.max_queue_delay_microseconds if batching is not None else None
+        policy = PolicySettings(
+            max_batch_size=manifest.max_batch_size if batching is not None and is_batchable(manifest) else 1,
+            max_queue_delay_s=(delay_us or 0) / 1e6,
+        )
+        settings = BatcherSettings(policy, self._config.limits.max_queue_size)
+        return Batcher(engine, settings, self._metrics.of_model(manifest.name, digest))
+
     def switch(self, loaded: LoadedModel) -> Optional[LoadedModel]:
         """Send new requests to ``loaded``.
 
         Returns:
             The version that served until now, to be given to :meth:`retire`; None if there was none.
         """
-        name = loaded.manifest.name
-        old = self._serving.get(name)
-        self._serving[name] = loaded
-        self._metrics.activated(name, loaded.digest)
-        return old
+        return next(iter(self._replace(loaded.manifest.name, (loaded,))), None)
+
+    def replace(self, name: str, versions: Sequence[LoadedModel]) -> List[LoadedModel]:
+        """Serve these versions of a repository's model, ascending; none unloads it.
+
+        Returns:
+            What served until now and does no more, to be given to :meth:`retire`.
+
+        Raises:
+            Refused: an installed bundle serves under that name.
+        """
+        if name in self._serving and name not in self._repository_names:
+            raise Refused(
+                f"a model named {name} serves already",
+                "it is an installed bundle",
+                f"rename the directory {name} of the repository, or remove the bundle",
+            )
+        self._repository_names.add(name)
+        if not versions:
+            self._repository_names.discard(name)
+        return self._replace(name, tuple(versions))
+
+    def _replace(self, name: str, versions: Tuple[LoadedModel, ...]) -> List[LoadedModel]:
+        old = self._serving.pop(name, ())
+        if versions:
+            self._serving[name] = versions
+            self._metrics.activated(name, {loaded.digest: loaded.version for loaded in versions})
+        return [loaded for loaded in old if not any(loaded is kept for kept in versions)]
 
     def unload(self, name: str) -> Optional[LoadedModel]:
-        """Serve ``name`` no more.
+        """Serve the bundle ``name`` no more.
 
         Returns:
             The version that served, to be given to :meth:`retire`; None if there was none.
         """
-        return self._serving.pop(name, None)
+        return next(iter(self._replace(name, ())), None)
 
     async def retire(self, loaded: LoadedModel) -> None:
         """Let a replaced version finish what it accepted, then free it."""
@@ -130,13 +191,20 @@ class Models:
         # Freeing a large model takes milliseconds, which the requests of others must not wait for.
         await asyncio.get_running_loop().run_in_executor(None, _close, loaded.engine)
 
-    def get(self, name: str) -> Optional[LoadedModel]:
-        """The serving version of a model."""
-        return self._serving.get(name)
+    def get(self, name: str, version: Optional[str] = None) -> Optional[LoadedModel]:
+        """A serving version of a model; the highest where none is asked for."""
+        versions = self._serving.get(name, ())
+        if version is None:
+            return versions[-1] if versions else None
+        return next((loaded for loaded in versions if loaded.version == version), None)
+
+    def versions(self, name: str) -> Tuple[LoadedModel, ...]:
+        """Every serving version of a model, ascending."""
+        return self._serving.get(name, ())
 
     def serving(self) -> List[LoadedModel]:
         """Every serving version, by name."""
-        return [self._serving[name] for name in sorted(self._serving)]
+        return [loaded for name in sorted(self._serving) for loaded in self._serving[name]]
 
     def _engine_settings(self, name: str) -> EngineSettings:
         model = self._config.of_model(name)
@@ -159,41 +227,20 @@ def _close(engine: Engine) -> None:
 
 def is_batchable(manifest: Manifest) -> bool:
     """Whether every tensor has a free first axis, which then is the batch."""
-    return all(spec.shape[:1] == (-1,) for spec in manifest.inputs + manifest.outputs)
+    free = all(spec.shape[:1] == (-1,) for spec in manifest.inputs + manifest.outputs)
+    return free and manifest.max_batch_size > 0
 
 
 def _warm_up(engine: Engine, batcher: Batcher, directory: Path, manifest: Manifest) -> None:
     """Run the golden inputs until buffers are allocated and the latency of small batches is known."""
     golden = load_arrays(directory / manifest.golden.inputs, manifest.inputs)
-    largest = manifest.max_batch_size if is_batchable(manifest) else 1
     try:
-        _timed_run(engine, golden, 1)  # the first run allocates; its time says nothing
-        rows, deadline_s = 1, time.monotonic() + _WARM_UP_BUDGET_S
-        while rows <= largest and (rows == 1 or _fits(batcher, rows, deadline_s)):
-            for _ in range(_WARM_UP_RUNS):
-                batcher.latency.observe(rows, _timed_run(engine, golden, rows))
-            rows *= 2
+        learn_latency(
+            engine, batcher.latency, golden, manifest.max_batch_size if is_batchable(manifest) else 0
+        )
     except EngineError as error:
         raise Refused(
             f"{manifest.name} version {manifest.version} does not run at every batch size that it states",
             str(error),
             "build the bundle again with a smaller max_batch_size",
         ) from error
-
-
-def _fits(batcher: Batcher, rows: int, deadline_s: float) -> bool:
-    expected_s = batcher.latency.predict(rows) or 0.0
-    return time.monotonic() + _WARM_UP_RUNS * expected_s < deadline_s
-
-
-def _timed_run(engine: Engine, golden: Arrays, rows: int) -> float:
-    """Seconds for ``rows`` golden rows; a model without a free batch axis runs them as they are."""
-    fixed = any(spec.shape[:1] != (-1,) for spec in engine.inputs)
-    inputs = (
-        golden
-        if fixed
-        else {name: np.take(array, range(rows), axis=0, mode="wrap") for name, array in golden.items()}
-    )
-    started_s = time.monotonic()
-    engine.run(inputs)
-    return time.monotonic() - started_s

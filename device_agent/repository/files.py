@@ -45,11 +45,9 @@ def model_names(root: Path) -> List[str]:
 
 
 def versions(directory: Path) -> List[int]:
-    """The versions of a model, ascending: directories named with a number above zero, as Triton counts them."""
+    """The versions of a model, ascending: its directories that are named with a number above zero."""
     numbers = [
-        int(entry.name)
-        for entry in directory.iterdir()
-        if _VERSION.fullmatch(entry.name) and entry.is_dir()
+        int(entry.name) for entry in directory.iterdir() if _VERSION.fullmatch(entry.name) and entry.is_dir()
     ]
     if len(numbers) > MAX_VERSIONS:
         raise ConfigError(
@@ -102,7 +100,9 @@ def digest(directory: Path, version: int, config: ModelConfig) -> str:
     labels = [directory / tensor.label_filename for tensor in config.outputs if tensor.label_filename]
     graph_files = sorted(path for path in (directory / str(version)).rglob("*") if path.is_file())
     for path in [*graph_files, *labels]:
-        identity.update(f"{path.relative_to(directory)}\n{_file_digest(path)}\n".encode("utf-8", "surrogateescape"))
+        identity.update(
+            f"{path.relative_to(directory)}\n{_file_digest(path)}\n".encode("utf-8", "surrogateescape")
+        )
     return identity.hexdigest()
 
 

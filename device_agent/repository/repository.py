@@ -1,8 +1,8 @@
 """The models of a repository on their way into and out of service.
 
 Preparing a model blocks and runs on another thread than the event loop's; everything else runs on the loop.
-A repository is not signed: whoever may write to its directory, or may ask for a load in explicit mode, decides
-what this device runs. The user names it on the command line, and the log says so once.
+A repository is not signed: whoever may write to its directory, or may ask for a load in explicit mode,
+decides what this device runs. The user names it on the command line, and the log says so once.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Repository:
 def prepare_versions(
     models: Models, directory: Path, override: Optional[str], serving: Sequence[LoadedModel]
 ) -> List[LoadedModel]:
-    """Bring up every version of a model that should serve; one that serves unchanged is kept as it is. Blocks.
+    """Bring up every version of a model that should serve; one that serves unchanged is kept. Blocks.
 
     Raises:
         AgentError: one of them does not come up; none is then kept.

@@ -55,7 +55,7 @@ class ReshapingEngine:
 
 
 def _filled(name: str, own: Shape, pattern: Dims, target: Dims) -> Shape:
-    """``target`` with its free sizes taken from those that ``own`` has where ``pattern`` is free, in order."""
+    """``target`` with its free sizes taken, in order, from ``own`` where ``pattern`` is free."""
     if len(own) != len(pattern) or any(size not in (-1, got) for size, got in zip(pattern, own)):
         raise EngineError(f"'{name}' has dims {list(own)}, its reshape is for {list(pattern)}")
     free = iter([got for size, got in zip(pattern, own) if size == -1])

@@ -7,13 +7,14 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 
 from device_agent.batching.settings import Batching, QueuePolicy, problems
 from device_agent.manifest import SCHEMA_VERSION, Contract, Golden, Manifest
-from device_agent.models import LoadedModel, Models
+from device_agent.models import LoadedModel, Models, is_batchable
 from device_agent.repository import files
 from device_agent.repository.completion import complete, specs
 from device_agent.repository.document import ConfigError
 from device_agent.repository.model_config import ModelConfig
 from device_agent.repository.reshaping import reshaped
 from device_agent.repository.warmup import warm_up
+from device_agent.selftest import SelfTest
 
 
 def open_version(
@@ -38,20 +39,24 @@ def open_version(
     try:
         completed = complete(config, engine.inputs, engine.outputs)
         labels = _labels(directory, completed)
-        served = reshaped(engine, completed)
-        return models.adopt(
-            served,
-            _manifest(completed, version, graph),
-            digest,
-            directory,
-            lambda engine, batcher: warm_up(engine, batcher, directory, completed),
-            _batching(completed),
-            completed.document,
-            labels,
-        )
+        engine = reshaped(engine, completed)
+        manifest = _manifest(completed, version, graph)
+        batcher = models.graph_batcher(engine, manifest, digest, _batching(completed))
+        warm_up(engine, batcher.latency, directory, completed)
     except BaseException:
         engine.close()
         raise
+    return LoadedModel(
+        manifest=manifest,
+        digest=digest,
+        directory=directory,
+        engine=engine,
+        batcher=batcher,
+        selftest=SelfTest({}, 0.0),
+        batchable=is_batchable(manifest),
+        config=completed.document,
+        labels=labels,
+    )
 
 
 def _labels(directory: Path, config: ModelConfig) -> Dict[str, Tuple[str, ...]]:

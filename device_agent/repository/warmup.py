@@ -8,13 +8,13 @@ from typing import Any, Dict
 
 import numpy as np
 
-from device_agent.batching.batcher import Batcher
+from device_agent.batching.latency import LatencyModel
 from device_agent.engines.base import Engine, EngineError
 from device_agent.errors import BadInput, Refused
 from device_agent.manifest import open_regular
-from device_agent.models import learn_latency
 from device_agent.repository.model_config import ModelConfig, Warmup, WarmupInput
 from device_agent.tensors import NUMPY_DTYPES, TensorError, decode_binary, element_count, object_array
+from device_agent.warmup import learn_latency
 
 WARMUP_DIRECTORY = "warmup"  # inside the model's, for input_data_file, as in Triton
 
@@ -23,11 +23,11 @@ _log = logging.getLogger(__name__)
 Arrays = Dict[str, "np.ndarray[Any, Any]"]
 
 
-def warm_up(engine: Engine, batcher: Batcher, directory: Path, config: ModelConfig) -> None:
+def warm_up(engine: Engine, latency: LatencyModel, directory: Path, config: ModelConfig) -> None:
     """Run what the configuration says, then learn the latency of small batches.
 
-    Without ``model_warmup`` the inputs are zeros of size 1 wherever a size is free. A graph that refuses those
-    may still take what clients send, so that is only logged.
+    Without ``model_warmup`` the inputs are zeros of size 1 wherever a size is free. A graph that refuses
+    those may still take what clients send, so that is only logged.
 
     Raises:
         BadInput: a file of the warm-up cannot be used.
@@ -40,12 +40,16 @@ def warm_up(engine: Engine, batcher: Batcher, directory: Path, config: ModelConf
                 engine.run(arrays)
     except EngineError as error:
         raise Refused(
-            f"model '{config.name}' failed on its own model_warmup", str(error), "correct the warm-up, or the graph"
+            f"model '{config.name}' failed on its own model_warmup",
+            str(error),
+            "correct the warm-up, or the graph",
         ) from error
     try:
-        learn_latency(engine, batcher, samples[0] if samples else _zeros(config), max(config.max_batch_size, 1))
+        learn_latency(engine, latency, samples[0] if samples else _zeros(config), config.max_batch_size)
     except EngineError as error:
-        _log.warning("model '%s' does not run on zeros, so it learns its latency later: %s", config.name, error)
+        _log.warning(
+            "model '%s' does not run on zeros, so it learns its latency later: %s", config.name, error
+        )
 
 
 def _sample(directory: Path, config: ModelConfig, warmup: Warmup) -> Arrays:

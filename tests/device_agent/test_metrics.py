@@ -40,7 +40,7 @@ def test_the_page_is_what_prometheus_parses() -> None:
     """Every family has samples by model and digest, with the values that were counted."""
     metrics = Metrics()
     counters = metrics.of_model("m", "d" * 64)
-    metrics.activated("m", "d" * 64)
+    metrics.activated("m", {"d" * 64: "1"})
     counters.record_batch([finished(1, 0.0009, 0.02, 3), finished(2, 0.0021, 0.02, 3)])
     counters.refused = 4
     metrics.count_http_error(503)
@@ -74,7 +74,7 @@ def test_versions_long_replaced_are_forgotten() -> None:
     """A device that is updated for years does not export every version that it ever had."""
     metrics = Metrics()
     for number in range(100):
-        metrics.activated("m", f"digest{number}")
+        metrics.activated("m", {f"digest{number}": str(number)})
     digests = [digest for _, digest, _ in metrics.models()]
     assert len(digests) < 20
     assert digests[-1] == "digest99"
@@ -83,10 +83,10 @@ def test_versions_long_replaced_are_forgotten() -> None:
 def test_a_version_that_returns_keeps_its_counters() -> None:
     """After a rollback, counting goes on where it stopped."""
     metrics = Metrics()
-    metrics.activated("m", "one")
+    metrics.activated("m", {"one": "1"})
     metrics.of_model("m", "one").refused = 3
-    metrics.activated("m", "two")
-    metrics.activated("m", "one")
+    metrics.activated("m", {"two": "1"})
+    metrics.activated("m", {"one": "1"})
     assert metrics.of_model("m", "one").refused == 3
 
 
