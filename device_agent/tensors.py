@@ -66,7 +66,7 @@ def decode_binary(datatype: str, shape: Tuple[int, ...], data: memoryview) -> np
     expected = element_count(shape) * dtype.itemsize
     if len(data) != expected:
         raise TensorError(f"has {len(data)} bytes of data where its shape {list(shape)} needs {expected}")
-    array = np.frombuffer(data, dtype=dtype).reshape(shape)
+    array = _shaped(np.frombuffer(data, dtype=dtype), shape)
     # A runtime may read wide words from the pointer that it is given.
     return array if array.flags.aligned else array.copy()
 
@@ -103,7 +103,14 @@ def object_array(items: List[Any], shape: Tuple[int, ...]) -> np.ndarray[Any, An
     array = np.empty(len(items), dtype=object)
     for index, item in enumerate(items):
         array[index] = item
-    return array.reshape(shape)
+    return _shaped(array, shape)
+
+
+def _shaped(array: np.ndarray[Any, Any], shape: Tuple[int, ...]) -> np.ndarray[Any, Any]:
+    try:
+        return array.reshape(shape)
+    except (ValueError, OverflowError) as error:  # empty, but with sizes that numpy cannot hold
+        raise TensorError(f"has the shape {list(shape)}, which is too large") from error
 
 
 # JSON
@@ -141,9 +148,11 @@ def decode_json(datatype: str, shape: Tuple[int, ...], data: Any) -> np.ndarray[
         if min(flat) < limits.min or max(flat) > limits.max:
             raise TensorError(f"has an element outside the range of {datatype}")
     try:
-        return np.array(flat, dtype=dtype).reshape(shape)
-    except OverflowError as error:
+        with np.errstate(over="raise"):
+            array = np.array(flat, dtype=dtype)
+    except (OverflowError, FloatingPointError) as error:
         raise TensorError(f"has an element outside the range of {datatype}") from error
+    return _shaped(array, shape)
 
 
 def encode_json(datatype: str, array: np.ndarray[Any, Any]) -> List[Any]:

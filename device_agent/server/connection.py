@@ -1,8 +1,8 @@
 """One HTTP/1.1 client: an ``asyncio.BufferedProtocol`` around httptools.
 
-A connection carries one request at a time; requests that a client sends ahead wait their turn. A long body
-is received straight into the memory that its tensors will be viewed in. Clients that send too slowly, too
-much or nonsense are answered where that is possible, and closed.
+A connection carries one request at a time; requests that a client sends ahead wait their turn. Clients that
+send too slowly, too much or nonsense are answered where that is possible, and closed. A client that does not
+read its answers is not read from either, so it cannot fill the device's memory with them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import logging
 import time
 from collections import deque
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, Optional, Sequence
 
 import httptools
-import numpy as np
 
+from device_agent.server.body import Body
 from device_agent.server.fields import error_body
 from device_agent.tensors import Buffer
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from device_agent.server.http import HttpServer
 
 JSON = b"application/json"
@@ -28,8 +30,9 @@ BINARY = b"application/octet-stream"
 
 _RECEIVE_BYTES = 16 * 1024
 _MAX_HEAD_BYTES = 32 * 1024
+_CHUNK_HEAD_BYTES = 16  # what a chunk may spend on its length; more is charged to the head
+_MAX_DIGITS = 18  # of a length; more is no length, and Python itself refuses thousands
 _MIN_BODY_BYTES_PER_S = 64 * 1024
-_ALIGNMENT_BYTES = 64
 _LINGER_S = 2.0
 _SPARE_S = 5.0
 
@@ -47,7 +50,7 @@ class Request:
     Attributes:
         method: such as ``POST``.
         target: path and query as they were sent.
-        headers: by lower-case name; of a repeated header, the last.
+        headers: by lower-case name; the values of a repeated one are joined by commas.
         body: everything after the head; de-chunked, not decompressed.
         keep_alive: whether the client will send more on this connection.
         memory: what a long body lies in; None: it has none of its own.
@@ -79,17 +82,16 @@ class Connection(asyncio.BufferedProtocol):
         self._parser = httptools.HttpRequestParser(self)
         self._receive = memoryview(bytearray(_RECEIVE_BYTES))
         self._incoming: Optional[Request] = None  # being received
+        self._upgrading: Optional[Request] = None  # its head came, with a wish that is ignored
         self._in_head = True
-        self._head_bytes = 0
-        self._chunks: List[bytes] = []
-        self._body: Optional[memoryview] = None  # a long body's own memory
-        self._spare: Optional[np.ndarray[Any, Any]] = None  # memory of an answered request, for the next
+        self._fed_bytes = 0  # of the request that is being received, its body included
+        self._body = Body()
         self._spare_until_s = 0.0
-        self._body_bytes = 0
-        self._announced_bytes: Optional[int] = None
         self._active: Optional[Request] = None  # being answered
         self._pending: Deque[Request] = deque()
         self._paused = False  # reading
+        self._writable = True  # the client reads its answers
+        self._stopped = False  # nothing more is read; what was received is still answered
         self._closing = False
         self._deadline_s: Optional[float] = None
 
@@ -114,17 +116,19 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the transport puts what it reads next."""
-        return self._receive if self._body is None else self._body[self._body_bytes :]
+        rest = self._body.rest
+        return self._receive if rest is None else rest[self._body.received :]
 
     def buffer_updated(self, count: int) -> None:
         """The transport read ``count`` bytes."""
         if self._closing:
             return
-        if self._body is None:
+        body = self._body
+        if body.rest is None:
             self._feed(self._receive[:count])
             return
-        self._body_bytes += count
-        if self._body_bytes == self._announced_bytes:
+        body.received += count
+        if body.received == body.announced:
             self._parser = httptools.HttpRequestParser(self)  # the old one still waits for this body
             self.on_message_complete()
 
@@ -134,60 +138,63 @@ class Connection(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         """The client reads slowly: read no more from it."""
+        self._writable = False
         self._pause_reading()
 
     def resume_writing(self) -> None:
         """The client has caught up."""
-        if self._active is None:
-            self._next()
+        self._writable = True
+        self._next()
 
     # From the parser
 
-    def _feed(self, data: memoryview) -> None:
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > _MAX_HEAD_BYTES:
-                self._fail(431, f"the request's head is longer than {_MAX_HEAD_BYTES} bytes")
-                return
+    def _feed(self, data: Buffer) -> None:
+        self._fed_bytes += len(data)
+        self._check_framing()
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # The request itself was delivered; it is answered in HTTP/1.1, and what follows is not read.
-            self._stop_reading()
+            while data and not self._closing and not self._stopped:
+                data = self._parse(data)
         except httptools.HttpParserCallbackError:
             _log.exception("a request could not be received")
             self._fail(500, "the agent failed; its log has the cause")
         except httptools.HttpParserError as error:
             self._fail(400, f"the request is not HTTP/1.1: {error}")
         else:
-            if self._announced_bytes is not None and self._body_bytes < self._announced_bytes:
-                self._receive_directly(self._announced_bytes)
+            if self._incoming is not None and self._body.is_long():
+                json_bytes = self._incoming.headers.get(b"inference-header-content-length")
+                self._body.receive_directly(_parse_int(json_bytes) or 0)
 
-    def _receive_directly(self, size: int) -> None:
-        """Give the rest of the body its own memory, with the tensors behind the JSON aligned."""
-        incoming = self._incoming
-        json_bytes = (
-            _parse_int(incoming.headers.get(b"inference-header-content-length")) if incoming else None
-        )
-        memory = self._spare
-        if memory is None or len(memory) < size + _ALIGNMENT_BYTES:
-            memory = np.empty(size + _ALIGNMENT_BYTES, dtype=np.uint8)
-        self._spare = None
-        if incoming is not None:
-            incoming.memory = memory
-        offset = -(memory.ctypes.data + (json_bytes or 0)) % _ALIGNMENT_BYTES
-        self._body = memory.data[offset : offset + size]
-        position = 0
-        for chunk in self._chunks:
-            self._body[position : position + len(chunk)] = chunk
-            position += len(chunk)
-        self._chunks = []
+    def _parse(self, data: Buffer) -> bytes:
+        """Let the parser have ``data``.
+
+        Returns:
+            What it must have next: a request that wishes to upgrade, again and without the wish.
+        """
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            request, self._upgrading = self._upgrading, None
+            if request is None or self._closing:
+                return b""
+            # The parser takes all that follows for the other protocol, even the body of this request.
+            self._parser = httptools.HttpRequestParser(self)
+            return _without_upgrade(request) + bytes(data[upgrade.args[0] :])
+        return b""
+
+    def _check_framing(self) -> None:
+        """Refuse a head, chunk extensions or trailers without end."""
+        body = self._body
+        framing_bytes = self._fed_bytes - body.received - body.pieces * _CHUNK_HEAD_BYTES
+        if framing_bytes > _MAX_HEAD_BYTES and self._incoming is not None:
+            part = "head is" if self._in_head else "chunk extensions and trailers are"
+            self._fail(431, f"the request's {part} longer than {_MAX_HEAD_BYTES} bytes")
 
     def on_message_begin(self) -> None:
         """A request starts."""
+        if self._stopped or self._closing:
+            return
         self._incoming = Request()
-        self._body_bytes = 0
-        self._announced_bytes = None
+        self._in_head = True
         self._deadline_s = time.monotonic() + self._server.limits.header_timeout_s
 
     def on_url(self, part: bytes) -> None:
@@ -196,53 +203,62 @@ class Connection(asyncio.BufferedProtocol):
             self._incoming.target += part
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header."""
-        if self._incoming is not None:
-            self._incoming.headers[name.lower()] = value
+        """A header, or a trailer: those come too late to change how a request is read, and are ignored."""
+        if self._incoming is None or not self._in_head:
+            return
+        headers, name, value = self._incoming.headers, name.lower(), value.strip()
+        headers[name] = b"%s, %s" % (headers[name], value) if name in headers else value
 
     def on_headers_complete(self) -> None:
         """The head is whole: check what it announces before the body comes."""
         incoming = self._incoming
         if incoming is None or self._closing:
             return
-        self._in_head, self._head_bytes = False, 0
+        self._in_head = False
         incoming.method = self._parser.get_method().decode("ascii")
         incoming.keep_alive = self._parser.should_keep_alive()
         incoming.is_http_1_0 = self._parser.get_http_version() == "1.0"
+        if incoming.method == "CONNECT":
+            incoming.keep_alive = False  # what follows is for whom it wants to be connected to
+        elif self._parser.should_upgrade():
+            self._incoming, self._upgrading = None, incoming
+        elif incoming.headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
+            self._fail(501, "the only Transfer-Encoding that is supported is chunked")
+        else:
+            self._expect_body(incoming)
+
+    def _expect_body(self, incoming: Request) -> None:
         announced = _parse_int(incoming.headers.get(b"content-length"))
-        limit = self._server.limits.max_body_bytes
         if announced is not None:
+            limit = self._server.limits.max_body_bytes
             if announced > limit:
                 self._fail(413, f"the body has {announced} bytes; the limit is {limit}")
                 return
-            self._announced_bytes = announced
+            self._body.announced = announced
             self._deadline_s = (self._deadline_s or 0.0) + announced / _MIN_BODY_BYTES_PER_S
         if incoming.headers.get(b"expect", b"").lower() == b"100-continue" and self._transport is not None:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def on_body(self, chunk: bytes) -> None:
+    def on_body(self, piece: bytes) -> None:
         """A piece of the body."""
-        if self._closing:
+        if self._closing or self._incoming is None:
             return
-        self._chunks.append(chunk)
-        self._body_bytes += len(chunk)
+        self._body.add(piece)
         limit = self._server.limits.max_body_bytes
-        if self._body_bytes > limit:
+        if self._body.received > limit:
             self._fail(413, f"the body has more than {limit} bytes")
 
     def on_message_complete(self) -> None:
         """The request is whole."""
         request, self._incoming = self._incoming, None
-        self._in_head = True
+        self._fed_bytes = 0
         if request is None or self._closing:
             return
-        if self._body is not None:
-            request.body, self._body = self._body, None
-        elif self._chunks:
-            whole = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-            request.body, self._chunks = memoryview(whole), []
-        self._announced_bytes = None
-        if self._active is not None or self._pending:
+        request.body, request.memory = self._body.whole(), self._body.memory
+        self._body.clear()
+        if self._active is not None or self._pending or not self._writable:
+            if self._active is not None:
+                self._deadline_s = None
             self._pending.append(request)
             self._pause_reading()
         else:
@@ -280,7 +296,7 @@ class Connection(asyncio.BufferedProtocol):
             self._server.count_error(status)
         if self._transport is None or self._closing or request is None:
             return
-        close = self._server.draining or not request.keep_alive
+        close = not request.keep_alive or (self._server.draining and not self._pending)
         if request.method == "HEAD":
             parts = []
         self._write(status, parts, content_type, headers + _connection_header(request, close))
@@ -289,14 +305,14 @@ class Connection(asyncio.BufferedProtocol):
         else:
             now_s = time.monotonic()
             self._deadline_s = now_s + self._server.limits.idle_timeout_s
-            # Its pages are mapped already, which saves as much time as reading the next body into it takes.
-            self._spare, self._spare_until_s = request.memory, now_s + _SPARE_S
-            if self._paused:
+            self._body.reuse(request.memory)
+            self._spare_until_s = now_s + _SPARE_S
+            if self._paused and self._writable:
                 # Not at once: a client that sends ahead must not keep others from their turn.
                 asyncio.get_running_loop().call_soon(self._next)
 
     def _next(self) -> None:
-        if self._transport is None or self._closing or self._active is not None:
+        if self._transport is None or self._closing or self._active is not None or not self._writable:
             return
         if self._pending:
             self._handle(self._pending.popleft())
@@ -312,10 +328,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def _fail(self, status: int, message: str) -> None:
         """Answer a request that cannot be received, and close when all before it are answered."""
-        if self._closing:
+        if self._closing or self._stopped:
             return
         self._server.count_error(status)
-        if self._active is not None or self._pending:
+        if self._has_work():
             self._stop_reading()  # those before it still get their answers
             return
         self._write(status, [error_body(message)], JSON, b"Connection: close\r\n")
@@ -323,19 +339,30 @@ class Connection(asyncio.BufferedProtocol):
 
     # Ending
 
+    @property
+    def owes_answer(self) -> bool:
+        """Whether a request that came whole is not answered yet."""
+        return self._transport is not None and not self._closing and self._has_work()
+
+    def _has_work(self) -> bool:
+        return self._active is not None or bool(self._pending)
+
     def close_if_idle(self) -> None:
         """Close unless a request is being received or answered."""
-        if self._incoming is None and self._active is None and not self._pending:
+        if self._incoming is None and not self._has_work():
             self._close()
 
     def close_if_overdue(self, now_s: float) -> None:
         """Close if the client has been too slow; let go of memory that an idle one no longer needs."""
         if now_s > self._spare_until_s:
-            self._spare = None
+            self._body.reuse(None)
         if self._deadline_s is None or now_s < self._deadline_s:
             return
         if self._closing:
             self.abort()
+        elif self._active is not None:
+            self._deadline_s = None  # the one that is being answered takes what time it needs
+            self._stop_reading()
         elif self._incoming is not None:
             self._fail(408, "the request did not arrive in time")
         else:
@@ -360,18 +387,25 @@ class Connection(asyncio.BufferedProtocol):
         (RFC 9112, section 9.6).
         """
         self._closing = True
-        self._incoming, self._body, self._chunks = None, None, []
+        self._incoming = None
+        self._body.clear()
         self._deadline_s = time.monotonic() + _LINGER_S
-        if self._transport is not None:
-            try:
-                self._transport.write_eof()
-            except OSError:
-                self._transport.abort()  # the client is gone already
+        if self._transport is None:
+            return
+        if not self._transport.can_write_eof():
+            self._transport.close()
+            return
+        try:
+            self._transport.write_eof()
+        except OSError:
+            self._transport.abort()  # the client is gone already
 
     def _stop_reading(self) -> None:
         """Close after the last request that was received."""
+        self._stopped = True
         self._pause_reading()
         self._incoming = None
+        self._body.clear()
         last = self._pending[-1] if self._pending else self._active
         if last is not None:
             last.keep_alive = False
@@ -388,5 +422,18 @@ def _connection_header(request: Request, close: bool) -> bytes:
     return b"Connection: keep-alive\r\n" if request.is_http_1_0 else b""
 
 
+def _without_upgrade(request: Request) -> bytes:
+    """The head of a request again, without its wish for another protocol, which a server may ignore."""
+    version = b"1.0" if request.is_http_1_0 else b"1.1"
+    lines = [b"%s %s HTTP/%s" % (request.method.encode("ascii"), request.target, version)]
+    lines += [
+        b"%s: %s" % (name, value)
+        for name, value in request.headers.items()
+        if name not in (b"upgrade", b"connection")
+    ]
+    lines.append(b"Connection: keep-alive" if request.keep_alive else b"Connection: close")
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
 def _parse_int(value: Optional[bytes]) -> Optional[int]:
-    return int(value) if value is not None and value.isdigit() else None
+    return int(value) if value is not None and value.isdigit() and len(value) <= _MAX_DIGITS else None

@@ -6,8 +6,17 @@ Each raises ProtocolError with status 400 for a value of another type.
 from __future__ import annotations
 
 import json
+import reprlib
 from dataclasses import dataclass
 from typing import Any, List, Mapping, Optional
+
+# No tensor is longer in any direction; beyond it, numpy and Python's own conversions raise errors of theirs.
+_MAX_SIZE = 2**63 - 1
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+_SHORT.maxlist = 16
+_SHORT.maxlevel = 2
 
 
 class ProtocolError(Exception):
@@ -36,6 +45,16 @@ class SharedPart:
 def error_body(message: str) -> bytes:
     """The body of every error answer."""
     return json.dumps({"error": message}).encode()
+
+
+def shown(value: Any) -> str:
+    """A client's value for an error's text: cut short, however long or deeply nested it is."""
+    return _SHORT.repr(value)
+
+
+def is_size(value: Any) -> bool:
+    """Whether a JSON value is a whole number that can be a size, in bytes or elements."""
+    return type(value) is int and 0 <= value <= _MAX_SIZE
 
 
 def load_json(body: bytes, what: str) -> Mapping[str, Any]:
@@ -84,9 +103,9 @@ def timeout_s(parameters: Mapping[str, Any]) -> Optional[float]:
     value = parameters.get("timeout")
     if value is None or value == 0:
         return None
-    if type(value) is not int or value < 0:
+    if not is_size(value):
         raise ProtocolError(400, "'timeout' is not a whole number of microseconds")
-    return value / 1e6
+    return float(value) / 1e6
 
 
 def shared_part(parameters: Mapping[str, Any], where: str) -> Optional[SharedPart]:
@@ -96,7 +115,7 @@ def shared_part(parameters: Mapping[str, Any], where: str) -> Optional[SharedPar
         return None
     offset = parameters.get("shared_memory_offset", 0)
     size = parameters.get("shared_memory_byte_size", -1)
-    if not isinstance(region, str) or any(type(n) is not int or n < 0 for n in (offset, size)):
+    if not isinstance(region, str) or not is_size(offset) or not is_size(size):
         raise ProtocolError(400, f"{where}: its place in shared memory is not a region, an offset and a size")
     return SharedPart(region, offset, size)
 
@@ -106,8 +125,8 @@ def binary_size(item: Mapping[str, Any], parameters: Mapping[str, Any], name: st
     size = parameters.get("binary_data_size")
     if size is None:
         return None
-    if type(size) is not int or size < 0:
+    if not is_size(size):
         raise ProtocolError(400, f"input '{name}': binary_data_size is not a size in bytes")
     if "data" in item:
         raise ProtocolError(400, f"input '{name}' has both data and binary_data_size")
-    return size
+    return int(size)

@@ -11,6 +11,8 @@ from device_agent.server.connection import Connection, Request
 
 _SWEEP_S = 0.5
 _DRAIN_GRACE_S = 0.25  # a request that is already on its way to an idle connection gets its answer
+_DRAIN_FLUSH_S = 1.0  # for clients to read their answers, and to finish sending what they have begun
+_DRAIN_POLL_S = 0.005
 
 Handler = Callable[[Request, Connection], None]
 
@@ -53,6 +55,9 @@ class HttpServer:
     async def drain(self, timeout_s: float) -> bool:
         """Stop accepting, answer what was accepted, close.
 
+        A request is accepted when it has come whole. Clients that send without an end, or that do not read
+        their answers, cannot keep the agent from stopping: a second after the last answer they are dropped.
+
         Returns:
             Whether every accepted request was answered in time.
         """
@@ -60,24 +65,30 @@ class HttpServer:
         if self._server is not None:
             self._server.close()
         self.draining = True
-        started_s = time.monotonic()
-        while self.connections and time.monotonic() - started_s < timeout_s:
-            if time.monotonic() - started_s > _DRAIN_GRACE_S:
+        now_s = started_s = answered_s = time.monotonic()
+        while self.connections and now_s - started_s < timeout_s and now_s - answered_s < _DRAIN_FLUSH_S:
+            if now_s - started_s > _DRAIN_GRACE_S:
                 self._close_idle()
-            await asyncio.sleep(0.005)
-        complete = not self.connections
+            await asyncio.sleep(_DRAIN_POLL_S)
+            now_s = time.monotonic()
+            if self._owes_answers():
+                answered_s = now_s
+        complete = not self._owes_answers()
         for connection in list(self.connections):
             connection.abort()
         if self._sweeper is not None:
             self._sweeper.cancel()
         return complete
 
+    def _owes_answers(self) -> bool:
+        return any(connection.owes_answer for connection in self.connections)
+
     def _close_idle(self) -> None:
         for connection in list(self.connections):
             connection.close_if_idle()
 
     def _sweep(self) -> None:
+        self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
         now_s = time.monotonic()
         for connection in list(self.connections):
             connection.close_if_overdue(now_s)
-        self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)

@@ -1,9 +1,12 @@
 """System shared memory: a process on the same device passes tensors without sending them.
 
 The client creates a POSIX shared memory object, registers it here under a name, and then names region, offset
-and size in place of data. Requests view the memory in place. A client that shrinks an object which is
-registered takes the agent down with it (the kernel sends SIGBUS), as with every server of this extension:
-only processes that may write to this device's ``/dev/shm`` can do that.
+and size in place of data. Requests view the memory in place.
+
+The kernel ends a process that touches a mapped page which the file no longer has (SIGBUS). An object that has
+shrunk since it was registered is therefore looked at before each use, and refused. What is left is a client
+that shrinks its object while a request of its own is computed; only processes that may write to this device's
+``/dev/shm`` can do that, and a client that makes a new object of the same name does not.
 """
 
 from __future__ import annotations
@@ -14,19 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from device_agent.server.fields import ProtocolError
+from device_agent.server.fields import ProtocolError, is_size, shown
 
+_MAX_REGIONS = 256  # each holds a file open
 _DIRECTORY = Path("/dev/shm")  # noqa: S108 - this is where POSIX shared memory lives on Linux
 
 
 @dataclass(frozen=True)
 class _Region:
-    """A registered region: its key and place as the client gave them, and the mapped bytes."""
+    """A registered region: its key and place as the client gave them, and the object from its start."""
 
     key: str
     offset: int
     byte_size: int
-    memory: memoryview
+    mapped: mmap.mmap
 
 
 class Regions:
@@ -45,21 +49,23 @@ class Regions:
             byte_size: its length.
 
         Raises:
-            ProtocolError: 400: the name is taken, or there is no such object, or it is too small.
+            ProtocolError: 400: the name is taken, there is no such object, it is too small, or there are too
+                many regions.
         """
         if name in self._regions:
             raise ProtocolError(400, f"shared memory region '{name}' is registered already")
+        if len(self._regions) >= _MAX_REGIONS:
+            raise ProtocolError(400, f"there are {_MAX_REGIONS} shared memory regions; unregister some")
         object_name = key[1:] if isinstance(key, str) and key.startswith("/") else key
         if (
             not isinstance(object_name, str)
             or object_name in ("", ".", "..")
             or set("/\0") & set(object_name)
         ):
-            raise ProtocolError(400, f"{key!r} cannot be the key of a shared memory object")
-        if not _is_size(offset) or not _is_size(byte_size) or byte_size == 0:
+            raise ProtocolError(400, f"{shown(key)} cannot be the key of a shared memory object")
+        if not is_size(offset) or not is_size(byte_size) or byte_size == 0:
             raise ProtocolError(400, "offset and byte_size are not sizes in bytes")
-        memory = _map(object_name, offset, byte_size)
-        self._regions[name] = _Region(key, offset, byte_size, memory)
+        self._regions[name] = _Region(key, offset, byte_size, _map(object_name, offset + byte_size))
 
     def unregister(self, name: Optional[str]) -> None:
         """Forget a region, or all where ``name`` is None; requests that use it still finish."""
@@ -84,7 +90,7 @@ class Regions:
         """The bytes of a part of a region, in place.
 
         Raises:
-            ProtocolError: 400: no such region, or the part is not inside it.
+            ProtocolError: 400: no such region, the part is not inside it, or its object has shrunk.
         """
         region = self._find(name)
         if offset + byte_size > region.byte_size:
@@ -93,7 +99,11 @@ class Regions:
                 f"bytes {offset} to {offset + byte_size} are not inside shared memory region '{name}', "
                 f"which has {region.byte_size}",
             )
-        return region.memory[offset : offset + byte_size]
+        start = region.offset + offset
+        # Every time: touching what the object no longer has would end this process.
+        if start + byte_size > region.mapped.size():
+            raise ProtocolError(400, f"shared memory region '{name}' has shrunk since it was registered")
+        return memoryview(region.mapped)[start : start + byte_size]
 
     def _find(self, name: str) -> _Region:
         if name not in self._regions:
@@ -101,11 +111,7 @@ class Regions:
         return self._regions[name]
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _map(object_name: str, offset: int, byte_size: int) -> memoryview:
+def _map(object_name: str, byte_size: int) -> mmap.mmap:
     try:
         descriptor = os.open(_DIRECTORY / object_name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
@@ -114,14 +120,13 @@ def _map(object_name: str, offset: int, byte_size: int) -> memoryview:
         ) from error
     try:
         size = os.fstat(descriptor).st_size
-        if offset + byte_size > size:
+        if byte_size > size:
             raise ProtocolError(
-                400, f"shared memory object '{object_name}' has {size} bytes, not {offset + byte_size}"
+                400, f"shared memory object '{object_name}' has {size} bytes, not {byte_size}"
             )
         # mmap wants page-aligned offsets; mapping from the start lets a region begin anywhere.
-        mapped = mmap.mmap(descriptor, offset + byte_size)
+        return mmap.mmap(descriptor, byte_size)
     except (OSError, ValueError) as error:
         raise ProtocolError(400, f"shared memory object '{object_name}' cannot be mapped: {error}") from error
     finally:
         os.close(descriptor)
-    return memoryview(mapped)[offset:]

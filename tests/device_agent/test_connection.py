@@ -36,6 +36,10 @@ class StandInTransport:
         """Ask the feeder to go on."""
         self.reading = True
 
+    def can_write_eof(self) -> bool:
+        """As a plain socket can."""
+        return True
+
     def write_eof(self) -> None:
         """End the answers."""
         self.open = False
