@@ -12,7 +12,15 @@ from typing import Any, Callable, Dict, Hashable, Mapping, Optional, Sequence, T
 import numpy as np
 
 from device_agent.manifest import TensorSpec
-from device_agent.server.fields import ProtocolError, SharedPart, object_field, shared_part, timeout_s
+from device_agent.server.fields import (
+    ProtocolError,
+    SharedPart,
+    is_size,
+    object_field,
+    shared_part,
+    shown,
+    timeout_s,
+)
 from device_agent.tensors import Buffer, TensorError, decode_binary
 
 Arrays = Dict[str, "np.ndarray[Any, Any]"]
@@ -146,15 +154,17 @@ class ModelInterface:
         spec = self.inputs.get(name) if isinstance(name, str) else None
         if spec is None:
             raise ProtocolError(
-                400, f"model '{self.name}' has no input {name!r}; it has {sorted(self.inputs)}"
+                400, f"model '{self.name}' has no input {shown(name)}; it has {sorted(self.inputs)}"
             )
         if item.get("datatype") != spec.dtype:
-            raise ProtocolError(400, f"input '{name}' is {spec.dtype}, not {item.get('datatype')!r}")
+            raise ProtocolError(400, f"input '{name}' is {spec.dtype}, not {shown(item.get('datatype'))}")
         shape = item.get("shape")
-        if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
+        if not isinstance(shape, list) or not all(map(is_size, shape)):
             raise ProtocolError(400, f"input '{name}' has no valid shape")
         if not _matches(shape, spec.shape):
-            raise ProtocolError(400, f"input '{name}' has shape {shape}; the model takes {list(spec.shape)}")
+            raise ProtocolError(
+                400, f"input '{name}' has shape {shown(shape)}; the model takes {list(spec.shape)}"
+            )
         return spec.name, tuple(shape)
 
     def _rows(self, shapes: Mapping[str, Shape]) -> int:
@@ -175,13 +185,16 @@ class ModelInterface:
     def _wishes(self, items: Sequence[Mapping[str, Any]], binary_by_default: bool) -> Tuple[OutputWish, ...]:
         if not items:
             return tuple(OutputWish(name, binary_by_default) for name in self.outputs)
-        return tuple(self._wish(item, binary_by_default) for item in items)
+        wishes = tuple(self._wish(item, binary_by_default) for item in items)
+        if len({wish.name for wish in wishes}) != len(wishes):
+            raise ProtocolError(400, "an output is asked for twice")  # or, with patience, a million times
+        return wishes
 
     def _wish(self, item: Mapping[str, Any], binary_by_default: bool) -> OutputWish:
         name = item.get("name")
         if not isinstance(name, str) or name not in self.outputs:
             raise ProtocolError(
-                400, f"model '{self.name}' has no output {name!r}; it has {sorted(self.outputs)}"
+                400, f"model '{self.name}' has no output {shown(name)}; it has {sorted(self.outputs)}"
             )
         parameters = object_field(item, "parameters", f"output '{name}'")
         if parameters.get("classification"):
@@ -206,7 +219,7 @@ def _matches(shape: Sequence[int], expected: Sequence[int]) -> bool:
 
 def no_shared_memory(region: str, offset: int, byte_size: int) -> memoryview:
     """What a protocol without shared memory answers to every region."""
-    raise ProtocolError(400, f"shared memory region '{region}' is not registered")
+    raise ProtocolError(400, f"shared memory region {shown(region)} is not registered")
 
 
 def decode_raw(name: str, datatype: str, shape: Shape, data: memoryview) -> np.ndarray[Any, Any]:

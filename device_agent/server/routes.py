@@ -184,6 +184,6 @@ def _respond_health(connection: Connection, good: bool) -> None:
 def _json_bytes(value: Optional[bytes]) -> Optional[int]:
     if value is None:
         return None
-    if not value.isdigit():
+    if not value.isdigit() or len(value) > 18:  # no body is longer, and Python refuses thousands of digits
         raise ProtocolError(400, "Inference-Header-Content-Length is not a size in bytes")
     return int(value)

@@ -107,7 +107,7 @@ class Regions:
 
     def _find(self, name: str) -> _Region:
         if name not in self._regions:
-            raise ProtocolError(400, f"shared memory region '{name}' is not registered")
+            raise ProtocolError(400, f"shared memory region {shown(name)} is not registered")
         return self._regions[name]
 
 

@@ -263,3 +263,39 @@ def install(state_dir: Path, bundles: Sequence[TestBundle]) -> None:
         lifecycle = Lifecycle(store, trust, Models(Config(threads=1), Metrics()))
         for bundle in bundles:
             lifecycle.install(bundle.directory)
+
+
+class StandInTransport:
+    """A double of a socket's transport: keeps what is written."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.reading = True
+        self.open = True
+
+    def write(self, data: bytes) -> None:
+        """Keep the data."""
+        if self.open:
+            self.written += data
+
+    def pause_reading(self) -> None:
+        """Ask the feeder to stop."""
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        """Ask the feeder to go on."""
+        self.reading = True
+
+    def can_write_eof(self) -> bool:
+        """As a plain socket can."""
+        return True
+
+    def write_eof(self) -> None:
+        """End the answers."""
+        self.open = False
+
+    def close(self) -> None:
+        """End both sides."""
+        self.open = False
+
+    abort = close

@@ -8,47 +8,12 @@ from typing import Any, Callable, List, Tuple
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent_testing import StandInTransport
 from device_agent.config import Limits
 from device_agent.server.connection import Connection, Request
 from device_agent.server.http import HttpServer
 
 LIMITS = Limits(max_body_bytes=100_000)
-
-
-class StandInTransport:
-    """A double of a socket's transport: keeps what is written."""
-
-    def __init__(self) -> None:
-        self.written = b""
-        self.reading = True
-        self.open = True
-
-    def write(self, data: bytes) -> None:
-        """Keep the data."""
-        if self.open:
-            self.written += data
-
-    def pause_reading(self) -> None:
-        """Ask the feeder to stop."""
-        self.reading = False
-
-    def resume_reading(self) -> None:
-        """Ask the feeder to go on."""
-        self.reading = True
-
-    def can_write_eof(self) -> bool:
-        """As a plain socket can."""
-        return True
-
-    def write_eof(self) -> None:
-        """End the answers."""
-        self.open = False
-
-    def close(self) -> None:
-        """End both sides."""
-        self.open = False
-
-    abort = close
 
 
 def echo(request: Request, connection: Connection) -> None:
