@@ -10,6 +10,7 @@ from calibration.choice import METHODS, Attempt, Choice, Options, choose
 from calibration.errors import CalibrationError
 from calibration.fp16 import Fp16Report, to_fp16
 from calibration.prepare import prepare
+from calibration.progress import ProgressBar
 from calibration.protection import Protected, protect
 from calibration.quantizer import Quantized, Report, quantize
 from calibration.runner import calibrate, calibrate_each
@@ -25,6 +26,7 @@ __all__ = [
     "Fp16Report",
     "LayerSensitivity",
     "Options",
+    "ProgressBar",
     "Protected",
     "Quantized",
     "Report",

@@ -62,17 +62,16 @@ class Checkpoint:
         self._apply(state, counts)
         return Progress(state["samples"], state["rows"])
 
-    def tick(self, progress: Progress) -> None:
-        """Write the state where the last write is long enough ago."""
-        if time.monotonic() - self._written >= self._every_s:
-            self._write(progress)
-            self._written = time.monotonic()
+    def is_due(self) -> bool:
+        """Whether the last write is long enough ago for another."""
+        return time.monotonic() - self._written >= self._every_s
 
     def remove(self) -> None:
         """Remove the file: the calibration is done."""
         self._path.unlink(missing_ok=True)
 
-    def _write(self, progress: Progress) -> None:
+    def write(self, progress: Progress) -> None:
+        """Replace the file by the state now; no row may be running."""
         collected = self._probe.collected.values()
         histograms = [c for c in collected if isinstance(c, Histogram)]
         state = {
@@ -89,6 +88,7 @@ class Checkpoint:
         with temporary.open("wb") as stream:
             np.savez_compressed(stream, state=text, counts=counts)
         temporary.replace(self._path)
+        self._written = time.monotonic()
 
     def _apply(self, state: Mapping[str, Any], counts: np.ndarray) -> None:
         collected = list(self._probe.collected.values())

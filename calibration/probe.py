@@ -8,9 +8,7 @@ the histograms.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +18,7 @@ from calibration.errors import CalibrationError
 from calibration.graph import Array, Index
 from calibration.histogram import Extremes, Histogram
 from calibration.instrument import Instrument
-from calibration.macs import MacCounter
+from calibration.macs import MacCounter, Shape
 from calibration.observers import Collected
 from calibration.placement import observed_tensors
 from calibration.session import open_session
@@ -44,23 +42,22 @@ class _Extremes:
 class Probe:
     """A model with extra outputs, and what they have shown so far.
 
+    Several threads may run rows at once. Each row runs on one thread: kernels may sum in another order on
+    more, so this way what is collected does not depend on the number of threads.
+
     Args:
         model: from ``prepare``.
         needs_values: whether histograms of the tensors that may be quantized are wanted.
-        threads: for ONNX Runtime and the histograms; 0 leaves the choice to them.
-        max_memory_bytes: how much the tensors that leave the model at once may take; where they need more,
-            each row runs several times, and a slice of them leaves it each time.
+        max_memory_bytes: how much the tensors of one row that leave the model at once may take; where they
+            need more, the row runs several times, and a slice of them leaves it each time.
 
     Attributes:
         collected: what is known of each float activation.
-        macs: multiply-accumulates so far.
+        macs: multiply-accumulates of what the caller has added.
     """
 
-    def __init__(
-        self, model: ModelProto, *, needs_values: bool, threads: int, max_memory_bytes: int | None
-    ) -> None:
+    def __init__(self, model: ModelProto, *, needs_values: bool, max_memory_bytes: int | None) -> None:
         self._model = model
-        self._threads = threads
         self._max_memory_bytes = max_memory_bytes
         index = Index(model)
         critical = observed_tensors(model)
@@ -86,17 +83,13 @@ class Probe:
         self._sizes = {name: instrument.size(name) for name in self._whole}
         for name in self._whole:
             instrument.values(name)
-        self._session = open_session(instrument.model, threads)
-        self._pool = ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 8))
+        self._session = open_session(instrument.model, threads=1)
 
-    def __enter__(self) -> Probe:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
-    def run(self, row: Mapping[str, Array], position: int) -> None:
+    def run(self, row: Mapping[str, Array], position: int) -> dict[str, Shape]:
         """Run one row and collect what it shows.
+
+        Returns:
+            The shapes that ``macs`` counts by.
 
         Raises:
             CalibrationError: the model does not run on it, or a tensor that may be quantized holds NaN or
@@ -107,7 +100,6 @@ class Probe:
             small += [name for name in (extremes.size, extremes.lo, extremes.hi, extremes.total) if name]
         at_once = self._whole if self._max_memory_bytes is None else []
         fetched = self._fetch([*small, *at_once], row, position)
-        self.macs.add({name: tuple(fetched[output].tolist()) for name, output in self._shapes.items()})
         for tensor, extremes in self._extremes.items():
             self._show_extremes(tensor, extremes, fetched, row, position)
         if at_once:
@@ -116,6 +108,7 @@ class Probe:
             sizes = {name: 4 * int(fetched[output]) for name, output in self._sizes.items()}
             for part in self._slices(sizes):
                 self._show_whole(self._fetch(part, row, position), position)
+        return {name: tuple(fetched[output].tolist()) for name, output in self._shapes.items()}
 
     def _fetch(self, names: list[str], row: Mapping[str, Array], position: int) -> dict[str, Array]:
         try:
@@ -141,15 +134,11 @@ class Probe:
             yield part
 
     def _show_whole(self, tensors: Mapping[str, Array], position: int) -> None:
-        """Count tensors into their histograms, several at a time."""
-        waiting = [self._pool.submit(self._count, name, values, position) for name, values in tensors.items()]
-        for result in waiting:
-            result.result()
-
-    def _count(self, tensor: str, values: Array, position: int) -> None:
-        if not np.isfinite(values).all():
-            raise _not_finite(tensor, position)
-        self.collected[tensor].update(values.astype(np.float32, copy=False))
+        for name, values in tensors.items():
+            try:
+                self.collected[name].update(values.astype(np.float32, copy=False))
+            except FloatingPointError as error:
+                raise _not_finite(name, position) from error
 
     def _show_extremes(
         self,
@@ -173,7 +162,7 @@ class Probe:
         """Look at the tensor itself: a sum can overflow where every value is finite."""
         instrument = Instrument(self._model)
         output = instrument.values(tensor)
-        values = open_session(instrument.model, self._threads).run([output], dict(row))[0]
+        values = open_session(instrument.model, threads=1).run([output], dict(row))[0]
         if not np.isfinite(values).all():
             raise _not_finite(tensor, position)
 

@@ -25,8 +25,8 @@ def percentile_range(histogram: Histogram, percentile: float) -> tuple[float, fl
 
     The ends are bin edges, and never beyond what was seen.
     """
-    allowed = math.floor(histogram.elements * (100.0 - percentile) / 100.0)
     below = np.cumsum(histogram.counts)
+    allowed = math.floor(int(below[-1]) * (100.0 - percentile) / 100.0)
     above = np.cumsum(histogram.counts[::-1])
     first = int(np.argmax(below > allowed))
     last = 2 * HALF - 1 - int(np.argmax(above > allowed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from calibration.prepare import prepare
 from calibration.probe import Probe
 from calibration.samples import check, rows, signature
 from calibration.scales import Scales, TensorRange
+from calibration.workers import Workers
 
 
 def calibrate(
@@ -41,13 +43,13 @@ def calibrate(
         samples: mappings from input names to arrays, batch axis first; read once, one at a time.
         observer: ``minmax``, ``percentile``, ``mse`` (least squared error) or ``entropy``.
         percentile: with ``percentile``, the share of values to keep on each side.
-        threads: for ONNX Runtime; 0 leaves the choice to it.
+        threads: rows that run at once, each on one thread; 0: one for each processor, at most eight.
         max_memory_bytes: how much the tensors that leave the model for their histograms may take at once;
-            where a row's need more, the row runs several times. None: no limit.
+            where they need more, a row runs several times. None: no limit.
         checkpoint: a file for what was collected so far; after a crash, the same call with the same samples
             goes on from there. It is removed at the end.
         checkpoint_every_s: seconds between two writes of it.
-        progress: called after each sample with the number of rows done.
+        progress: called with the number of rows done, after each row; ``ProgressBar`` is one.
 
     Returns:
         Ranges by tensor name, and the multiply-accumulates of each operator.
@@ -80,6 +82,10 @@ def calibrate_each(
     return dict(zip(observers, found, strict=True))
 
 
+#: More rows at once take more memory than they save time.
+_MOST_THREADS = 8
+
+
 @dataclass(frozen=True)
 class _Run:
     """The settings of one pass over the samples; they do not change its result."""
@@ -95,14 +101,11 @@ class _Run:
     ) -> list[Scales]:
         """Show all samples to a probe, and let each observer choose its ranges."""
         prepared = prepare(model)
+        workers = self.threads or min(os.cpu_count() or 1, _MOST_THREADS)
+        each = None if self.max_memory_bytes is None else self.max_memory_bytes // workers
         needs_values = any(observer.needs_values for observer in observers)
-        with Probe(
-            prepared,
-            needs_values=needs_values,
-            threads=self.threads,
-            max_memory_bytes=self.max_memory_bytes,
-        ) as probe:
-            rows_done = self._show(prepared, samples, probe)
+        probe = Probe(prepared, needs_values=needs_values, max_memory_bytes=each)
+        rows_done = self._show(prepared, samples, probe, workers)
         if rows_done == 0:
             raise CalibrationError(
                 "there are no calibration samples",
@@ -111,28 +114,29 @@ class _Run:
             )
         return [_scales(probe, observer, rows_done) for observer in observers]
 
-    def _show(self, prepared: ModelProto, samples: Iterable[Mapping[str, Array]], probe: Probe) -> int:
+    def _show(
+        self, prepared: ModelProto, samples: Iterable[Mapping[str, Array]], probe: Probe, workers: int
+    ) -> int:
         """Run every sample, after those that a checkpoint holds already; the number of rows."""
         expected = signature(prepared)
         saved = None
         if self.checkpoint is not None:
             saved = Checkpoint(self.checkpoint, prepared, probe, self.checkpoint_every_s)
         start = saved.restore() if saved else Progress(0, 0)
-        done = start.rows
-        for position, sample in enumerate(samples):
-            if position < start.samples:
-                continue
-            check(sample, expected, position)
-            for row in rows(sample, expected):
-                probe.run(row, position)
-                done += 1
-            if saved:
-                saved.tick(Progress(position + 1, done))
-            if self.progress is not None:
-                self.progress(done)
+        with Workers(probe, workers, start.rows, self.progress) as at_work:
+            for position, sample in enumerate(samples):
+                if position < start.samples:
+                    continue
+                check(sample, expected, position)
+                for row in rows(sample, expected):
+                    at_work.submit(row, position)
+                if saved and saved.is_due():
+                    at_work.finish()
+                    saved.write(Progress(position + 1, at_work.done))
+            at_work.finish()
         if saved:
             saved.remove()
-        return done
+        return at_work.done
 
 
 def _scales(probe: Probe, observer: Observer, samples: int) -> Scales:

@@ -38,7 +38,7 @@ def test_a_resumed_run_ends_with_the_same_scales(
         residual_cnn, batches(images, None, []), observer=observer, checkpoint=file, progress=told.append
     )
     assert resumed == whole
-    assert told == [20, 24]
+    assert told == list(range(17, 25))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from calibration.errors import CalibrationError
-from calibration.histogram import HALF, Histogram
+from calibration.histogram import HALF, MOST_COUNTED, Histogram
 from calibration.observers import OBSERVERS, observer_named
 
 values = hnp.arrays(
@@ -79,6 +81,63 @@ def test_memory_does_not_grow_with_the_samples() -> None:
         histogram.update(rng.normal(0, 1 + i, 50).astype(np.float32))
     assert histogram.counts.nbytes == 2 * HALF * 8
     assert histogram.elements == 50_000
+
+
+def large_row(seed: int, size: int) -> np.ndarray:
+    """Values of a large tensor, spread over a range of their own, with zeros and an outlier."""
+    rng = np.random.default_rng(seed)
+    seen = np.maximum(rng.normal(0, 1 + seed, size), -0.5).astype(np.float32)
+    seen[seen < -0.4] = 0.0
+    seen[size // 3] = -9.0 * (1 + seed)
+    return seen
+
+
+def test_large_rows_are_counted_in_any_order() -> None:
+    """Rows of which a share is counted give the same histogram in any order, on several threads too."""
+    rows = [large_row(seed, 5 * MOST_COUNTED + 7 * seed) for seed in range(6)]
+    forwards, threaded = Histogram(), Histogram()
+    for row in rows:
+        forwards.update(row)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(threaded.update, reversed(rows)))
+    np.testing.assert_array_equal(threaded.counts, forwards.counts)
+    assert (threaded.exponent, threaded.zeros) == (forwards.exponent, forwards.zeros)
+
+
+def test_a_share_of_a_large_row_stands_for_all() -> None:
+    """The ends of a large row are exact, values beyond half its magnitude all count, others in shares."""
+    row = large_row(0, 9 * MOST_COUNTED)
+    shared, whole = Histogram(), Histogram()
+    shared.update(row)
+    for piece in np.split(row, 9):
+        whole.update(piece)
+    assert (shared.lo, shared.hi, shared.elements) == (whole.lo, whole.hi, whole.elements)
+    beyond = np.abs(shared.centers()) > 4.5
+    np.testing.assert_array_equal(shared.counts[beyond], whole.counts[beyond])
+    assert int(shared.counts.sum()) == pytest.approx(row.size, rel=1e-3)
+    for one, other in zip(np.cumsum(shared.counts)[::64], np.cumsum(whole.counts)[::64], strict=True):
+        assert one == pytest.approx(other, abs=row.size / 100)
+
+
+@pytest.mark.parametrize("channels", [3, 384, 768])
+def test_a_share_meets_every_channel(channels: int) -> None:
+    """A channel that is unlike the others is counted in its proportion, whatever its place in memory."""
+    row = np.ones((4 * MOST_COUNTED // channels, channels), np.float32)
+    row[:, channels // 2] = 1.5
+    histogram = Histogram()
+    row[0, 0] = 16.0
+    histogram.update(row)
+    counted = histogram.counts[HALF + int(1.5 / histogram.width)]
+    assert counted == pytest.approx(len(row), rel=0.02)
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    """NaN and infinity anywhere are an error, and leave the histogram as it was."""
+    for bad in (np.nan, np.inf, -np.inf):
+        histogram = Histogram()
+        with pytest.raises(FloatingPointError):
+            histogram.update(np.array([1.0, bad, 2.0], np.float32))
+        assert histogram.elements == 0
 
 
 def test_outliers_do_not_move_a_percentile() -> None:
