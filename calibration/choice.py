@@ -13,18 +13,22 @@ from calibration.errors import CalibrationError
 from calibration.graph import Array
 from calibration.methods.bias_correction import correct_biases
 from calibration.methods.equalization import equalize
+from calibration.methods.rounding import Quantization, round_weights
 from calibration.methods.rows import Row, first_rows
 from calibration.methods.smoothing import smooth
 from calibration.observers import DEFAULT_PERCENTILE, OBSERVERS
+from calibration.placement import place
 from calibration.prepare import prepare
-from calibration.quantizer import Quantized, quantize
+from calibration.quantizer import WEIGHT_LEVELS, Quantized, quantize
 from calibration.runner import calibrate_each
 from calibration.scales import Scales
 from calibration.sensitivity import Reference
 from calibration.targets import target_named
 
 #: In the order in which they are tried: those that change the ranges come before those that rest on them.
-METHODS = ("equalization", "smoothing", "bias_correction")
+METHODS = ("equalization", "smoothing", "rounding", "bias_correction")
+#: These come first and need new scales; they leave the float function as it is.
+_CHANGE_RANGES = frozenset({"equalization", "smoothing"})
 #: A method has to bring this much of the outputs' SQNR to be kept; less is within the noise of held-out rows.
 MIN_GAIN_DB = 0.1
 
@@ -202,7 +206,7 @@ class _Search:
         wanted = [name for name in METHODS if name in self._options.methods]
         rows = first_rows(prepared, self._samples, self._options.method_rows) if wanted else []
         for name in wanted:
-            if time.monotonic() > self._deadline:
+            if self._late():
                 attempts.append(Attempt(name, None, None, False, "the time budget was used up"))
                 continue
             found = self._apply(name, best, rows)
@@ -216,22 +220,36 @@ class _Search:
 
     def _apply(self, name: str, best: _Candidate, rows: Sequence[Row]) -> _Candidate | None:
         """The best so far with one method more; None where the method changes nothing."""
-        threads = self._options.threads
+        changed = self._changed(name, best, rows)
         methods = (*best.methods, name)
-        if name in ("equalization", "smoothing"):
-            changed = (
-                equalize(best.exact)
-                if name == "equalization"
-                else smooth(best.exact, rows, self._target, threads)
-            )
-            if changed is None:
-                return None
+        if changed is None:
+            return None
+        if name in _CHANGE_RANGES:
             return max(self._observe(changed, methods), key=lambda candidate: candidate.score)
-        layers = best.quantized.report.quantized
-        corrected = correct_biases(
+        return self._judge(changed, best.exact, best.scales, methods)
+
+    def _changed(self, name: str, best: _Candidate, rows: Sequence[Row]) -> ModelProto | None:
+        """The graph that a method makes of the best so far."""
+        threads, layers = self._options.threads, best.quantized.report.quantized
+        if name == "equalization":
+            return equalize(best.exact)
+        if name == "smoothing":
+            return smooth(best.exact, rows, self._target, threads)
+        if name == "rounding":
+            return round_weights(
+                best.model, layers, rows, self._quantization(best), threads=threads, out_of_time=self._late
+            )
+        return correct_biases(
             best.model, best.quantized.model, layers, rows, reference=best.exact, threads=threads
         )
-        return None if corrected is None else self._judge(corrected, best.exact, best.scales, methods)
+
+    def _quantization(self, best: _Candidate) -> Quantization:
+        placement = place(best.model, self._target, self._options.exclude)
+        levels = WEIGHT_LEVELS[self._options.weight_bits]
+        return Quantization(self._target, best.scales, placement.tensors, levels)
+
+    def _late(self) -> bool:
+        return time.monotonic() > self._deadline
 
     def _observe(self, model: ModelProto, methods: tuple[str, ...]) -> Iterator[_Candidate]:
         """Calibrate a graph, and judge it with the scales of each observer."""
