@@ -17,6 +17,7 @@ from device_agent.errors import AgentError, BadInput, Missing
 
 if TYPE_CHECKING:
     from device_agent.config import Config
+    from device_agent.repository.repository import RepositorySettings
 
 EXIT_INTERRUPTED = 130
 
@@ -50,7 +51,26 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    add("serve", _serve, "serve the active models until SIGTERM")
+    serve = add("serve", _serve, "serve the active models until SIGTERM")
+    serve.add_argument(
+        "--model-repository",
+        type=Path,
+        metavar="DIR",
+        help="also serve a Triton-layout repository of ONNX models",
+    )
+    serve.add_argument(
+        "--model-control-mode",
+        choices=("none", "explicit"),
+        default="none",
+        help="none: every model of the repository serves; explicit: those that clients load",
+    )
+    serve.add_argument(
+        "--load-model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="in explicit mode, load it at the start",
+    )
     install = add("install", _install, "verify a bundle, self-test it and switch to it")
     install.add_argument("bundle", type=Path, help="a bundle's directory or .edgekit file")
     install.add_argument("--no-activate", action="store_true", help="only store it")
@@ -88,7 +108,27 @@ def _set_up_logging(options: argparse.Namespace) -> None:
 def _serve(options: argparse.Namespace) -> int:
     from device_agent import serve
 
-    return int(serve.run(_config(options)))
+    config = _config(options)
+    return int(serve.run(config, _repository(options, config)))
+
+
+def _repository(options: argparse.Namespace, config: Config) -> Optional[RepositorySettings]:
+    if options.model_repository is None:
+        if options.load_model or options.model_control_mode != "none":
+            raise BadInput(
+                "there is no model repository",
+                "--load-model and --model-control-mode are about its models",
+                "give --model-repository DIR too",
+            )
+        return None
+    from device_agent.repository.repository import RepositorySettings
+
+    return RepositorySettings(
+        options.model_repository.absolute(),
+        options.model_control_mode,
+        tuple(options.load_model),
+        config.limits.max_upload_bytes,
+    )
 
 
 def _install(options: argparse.Namespace) -> int:

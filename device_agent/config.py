@@ -12,6 +12,8 @@ mistake never silently leaves a default in place.
     [http]
     host = "127.0.0.1"
     port = 8000                       # 0: any free port, printed in the ready line
+    unix = ""                         # a Unix-domain socket beside the port; empty: none
+    unix_mode = 0o660
 
     [metrics]
     host = "127.0.0.1"
@@ -63,6 +65,19 @@ class Address:
 
 
 @dataclass(frozen=True)
+class HttpAddress(Address):
+    """Where inference is served over HTTP.
+
+    Attributes:
+        unix: a Unix-domain socket beside the TCP port; empty: none.
+        unix_mode: its permissions, such as 0o660; a process needs the right to write to connect.
+    """
+
+    unix: str = ""
+    unix_mode: int = 0o660
+
+
+@dataclass(frozen=True)
 class Limits:
     """What a client may cost.
 
@@ -74,6 +89,7 @@ class Limits:
             second.
         idle_timeout_s: how long a connection may stay open without a request.
         drain_timeout_s: how long a stopping agent waits for the requests that it accepted.
+        max_upload_bytes: of all models together that came inside load requests.
     """
 
     max_body_bytes: int = 64 * 1024 * 1024
@@ -82,6 +98,7 @@ class Limits:
     header_timeout_s: float = 10.0
     idle_timeout_s: float = 75.0
     drain_timeout_s: float = 30.0
+    max_upload_bytes: int = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,7 @@ class Config:
     keys_dir: Path = Path("/etc/edgekit/keys")
     allow_unsigned: bool = False
     control_socket: Path = Path("/run/edgekit-agent/control.sock")
-    http: Address = Address(port=8000)
+    http: HttpAddress = HttpAddress(port=8000)
     metrics: Address = Address(port=8002)
     limits: Limits = field(default_factory=Limits)
     batching: Batching = field(default_factory=Batching)
@@ -248,6 +265,8 @@ def _wrong_type(name: str, expected: str, value: Any, source: str) -> BadInput:
 def _check(config: Config, source: str) -> None:
     """Check what types cannot say."""
     _check_address(config.http, "http", source)
+    if not 0 <= config.http.unix_mode <= 0o777:
+        raise _wrong_type("http.unix_mode", "permissions such as 0o660", config.http.unix_mode, source)
     _check_address(config.metrics, "metrics", source)
     limits = config.limits
     positive = {f"limits.{f.name}": getattr(limits, f.name) for f in fields(limits)}

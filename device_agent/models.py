@@ -158,7 +158,7 @@ class Models:
         Raises:
             Refused: an installed bundle serves under that name.
         """
-        if name in self._serving and name not in self._repository_names:
+        if self.has_bundle(name):
             raise Refused(
                 f"a model named {name} serves already",
                 "it is an installed bundle",
@@ -197,6 +197,10 @@ class Models:
         if version is None:
             return versions[-1] if versions else None
         return next((loaded for loaded in versions if loaded.version == version), None)
+
+    def has_bundle(self, name: str) -> bool:
+        """Whether what serves under a name is an installed bundle."""
+        return name in self._serving and name not in self._repository_names
 
     def versions(self, name: str) -> Tuple[LoadedModel, ...]:
         """Every serving version of a model, ascending."""

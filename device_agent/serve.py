@@ -8,7 +8,8 @@ import os
 import signal
 import socket
 from contextlib import suppress
-from typing import Any, List
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, List, Optional
 
 from device_agent.config import Address, Config
 from device_agent.errors import Missing
@@ -23,14 +24,22 @@ from device_agent.server.status import StatusRoutes
 from device_agent.signature import Trust
 from device_agent.store import Store
 
+if TYPE_CHECKING:
+    from device_agent.repository.repository import Repository, RepositorySettings
+
 _log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> int:
+def run(config: Config, repository: Optional[RepositorySettings] = None) -> int:
     """Serve until SIGTERM or SIGINT.
 
-    Every model that the store has active is loaded first. When all doors are open, one line is logged:
-    ``listening http=HOST:PORT metrics=HOST:PORT control=PATH``.
+    Every model that the store has active is loaded first, then those of the repository. When all doors are
+    open, one line is logged: ``listening http=HOST:PORT metrics=HOST:PORT control=PATH`` and, where there is
+    a Unix-domain socket, ``unix=PATH``.
+
+    Args:
+        config: the settings.
+        repository: models in Triton's layout to serve beside the installed bundles; None: there are none.
 
     Returns:
         0 if every accepted request was answered; 1 if ``drain_timeout_s`` ended the wait for some.
@@ -42,20 +51,21 @@ def run(config: Config) -> int:
         loop = _new_event_loop()
         asyncio.set_event_loop(loop)
         try:
-            return loop.run_until_complete(_serve(config, store))
+            return loop.run_until_complete(_serve(config, store, repository))
         finally:
             loop.run_until_complete(loop.shutdown_asyncgens())
             asyncio.set_event_loop(None)
             loop.close()
 
 
-async def _serve(config: Config, store: Store) -> int:
+async def _serve(config: Config, store: Store, settings: Optional[RepositorySettings]) -> int:
     loop = asyncio.get_running_loop()
     metrics = Metrics()
     models = Models(config, metrics)
     lifecycle = Lifecycle(store, Trust(config.keys_dir, config.allow_unsigned), models)
     lifecycle.bind(loop)
-    service = InferenceService(models, metrics, config)
+    repository = _open_repository(settings, models)
+    service = InferenceService(models, metrics, config, repository)
     http = HttpServer(InferenceRoutes(service), config.limits, metrics.count_http_error)
     status = HttpServer(StatusRoutes(models, metrics), config.limits, metrics.count_http_error)
     stop = asyncio.Event()
@@ -65,10 +75,21 @@ async def _serve(config: Config, store: Store) -> int:
     # The doors open first: a health check gets "live, not ready" while models load, not a refused connection.
     http_address = await _listen(http, config.http)
     metrics_address = await _listen(status, config.metrics)
+    if config.http.unix:
+        await http.start_unix(Path(config.http.unix), config.http.unix_mode)
     await loop.run_in_executor(None, lifecycle.restore)
+    if repository is not None:
+        await repository.start()
     control_server = await control.start(config.control_socket, lifecycle)
     service.ready = True
-    _log.info("listening http=%s metrics=%s control=%s", http_address, metrics_address, config.control_socket)
+    unix = f" unix={config.http.unix}" if config.http.unix else ""
+    _log.info(
+        "listening http=%s metrics=%s control=%s%s",
+        http_address,
+        metrics_address,
+        config.control_socket,
+        unix,
+    )
     _notify_service_manager("READY=1")
 
     await stop.wait()
@@ -80,8 +101,18 @@ async def _serve(config: Config, store: Store) -> int:
     await status.drain(1.0)
     await loop.run_in_executor(None, lifecycle.close)  # an update that runs is finished first
     await _retire_all(models)
+    if repository is not None:
+        repository.close()
     _log.info("stopped" if complete else "stopped before every request was answered")
     return 0 if complete else 1
+
+
+def _open_repository(settings: Optional[RepositorySettings], models: Models) -> Optional[Repository]:
+    if settings is None:
+        return None
+    from device_agent.repository.repository import Repository  # only where there is one
+
+    return Repository(settings, models)
 
 
 async def _retire_all(models: Models) -> None:

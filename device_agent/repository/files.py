@@ -45,10 +45,16 @@ def model_names(root: Path) -> List[str]:
 
 
 def versions(directory: Path) -> List[int]:
-    """The versions of a model, ascending: its directories that are named with a number above zero."""
-    numbers = [
-        int(entry.name) for entry in directory.iterdir() if _VERSION.fullmatch(entry.name) and entry.is_dir()
-    ]
+    """The versions of a model, ascending: its directories that are named with a number above zero.
+
+    Raises:
+        BadInput: there is no such directory, or it has more than ``MAX_VERSIONS``.
+    """
+    try:
+        entries = [entry for entry in directory.iterdir() if _VERSION.fullmatch(entry.name)]
+    except OSError as error:
+        raise _unreadable(directory, error.strerror or str(error)) from error
+    numbers = [int(entry.name) for entry in entries if entry.is_dir()]
     if len(numbers) > MAX_VERSIONS:
         raise ConfigError(
             f"{directory.name} has {len(numbers)} versions",

@@ -152,9 +152,8 @@ class Repository:
         """
         self._check_explicit()
         old = self._models.replace(name, [])
-        directory = self._directories.get(name)
-        if directory is not None:
-            self._uploads.remove(directory)
+        if self._directories.get(name) not in (None, self._settings.root / name):
+            self._uploads.remove(self._directories.pop(name))  # it cannot come back without its files
         return old
 
     def close(self) -> None:

@@ -16,9 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import socket
-import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 from device_agent.errors import AgentError, BadInput, Refused
 from device_agent.lifecycle import Lifecycle
+from device_agent.server.unix_socket import bind
 
 MAX_LINE_BYTES = 64 * 1024
 
@@ -43,7 +42,7 @@ async def start(path: Path, lifecycle: Lifecycle) -> asyncio.AbstractServer:
         Refused: another agent answers there.
         BadInput: something else than a socket is in the way, or the path cannot be used.
     """
-    listener = _bind(path)
+    listener = bind(path, 0o600, "control_socket")
     lifecycle.bind(asyncio.get_running_loop())
     connections = _Connections(lifecycle)
     return await asyncio.start_unix_server(connections.serve, sock=listener, limit=MAX_LINE_BYTES)
@@ -246,48 +245,3 @@ def _failure(error: AgentError) -> Dict[str, Any]:
 
 def _bad_request(why: str) -> BadInput:
     return BadInput("the control request is malformed", why, "see docs/lifecycle.md for the requests")
-
-
-# The socket
-
-
-def _bind(path: Path) -> socket.socket:
-    try:
-        if not path.parent.is_dir():
-            path.parent.mkdir(mode=0o700, parents=True)
-        _remove_stale(path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            # On Linux the socket's own mode becomes the file's, so it is never open to others.
-            os.fchmod(listener.fileno(), 0o600)
-            listener.bind(str(path))
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise BadInput(
-            f"the control socket {path} cannot be made",
-            error.strerror or str(error),
-            "set control_socket in the agent's configuration to a path that it may write",
-        ) from error
-    return listener
-
-
-def _remove_stale(path: Path) -> None:
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise BadInput(f"the control socket {path} cannot be made", "something else is there", "move it away")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-    raise Refused(
-        f"another agent answers on {path}",
-        "two agents cannot share a store",
-        "stop it before starting this one",
-    )

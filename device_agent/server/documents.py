@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Dict
+from typing import Any, Dict, Sequence
 
 from device_agent.manifest import TensorSpec
 from device_agent.metrics import Histogram, ModelMetrics
 from device_agent.server.interface import ModelInterface
 
 
-def model_metadata(model: ModelInterface, runtime: str) -> Dict[str, Any]:
-    """Answer to ``GET /v2/models/M``; shapes include the batch axis as -1."""
+def model_metadata(model: ModelInterface, versions: Sequence[str], runtime: str) -> Dict[str, Any]:
+    """Answer to ``GET /v2/models/M``; shapes include the batch axis as -1, ``versions`` all that serve."""
     return {
         "name": model.name,
-        "versions": [model.version],
+        "versions": list(versions),
         "platform": _platform(runtime),
         "inputs": [_tensor_metadata(spec) for spec in model.inputs.values()],
         "outputs": [_tensor_metadata(spec) for spec in model.outputs.values()],

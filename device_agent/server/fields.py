@@ -5,10 +5,13 @@ Each raises ProtocolError with status 400 for a value of another type.
 
 from __future__ import annotations
 
+import base64
 import json
 import reprlib
 from dataclasses import dataclass
-from typing import Any, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+_FILE_PREFIX = "file:"  # of the parameters of a load request that carry files
 
 # No tensor is longer in any direction; beyond it, numpy and Python's own conversions raise errors of theirs.
 _MAX_SIZE = 2**63 - 1
@@ -130,3 +133,19 @@ def binary_size(item: Mapping[str, Any], parameters: Mapping[str, Any], name: st
     if "data" in item:
         raise ProtocolError(400, f"input '{name}' has both data and binary_data_size")
     return int(size)
+
+
+def load_parameters(parameters: Mapping[str, Any]) -> Tuple[Optional[str], Dict[str, bytes]]:
+    """What a load request brings along: a configuration in JSON, and files in base64 by path."""
+    config = parameters.get("config")
+    if config is not None and not isinstance(config, str):
+        raise ProtocolError(400, "the parameter 'config' is not a string of JSON")
+    files: Dict[str, bytes] = {}
+    for key, value in parameters.items():
+        if not key.startswith(_FILE_PREFIX):
+            continue
+        try:
+            files[key[len(_FILE_PREFIX) :]] = base64.b64decode(value, validate=True)
+        except (TypeError, ValueError) as error:
+            raise ProtocolError(400, f"the parameter '{key}' is not base64") from error
+    return config, files

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Callable, Optional, Set
+from pathlib import Path
+from typing import Callable, List, Optional, Set
 
 from device_agent.config import Address, Limits
 from device_agent.server.connection import Connection, Request
+from device_agent.server.unix_socket import bind
 
 _SWEEP_S = 0.5
 _DRAIN_GRACE_S = 0.25  # a request that is already on its way to an idle connection gets its answer
@@ -33,7 +35,8 @@ class HttpServer:
         self.count_error = count_error
         self.draining = False
         self.connections: Set[Connection] = set()
-        self._server: Optional[asyncio.AbstractServer] = None
+        self._servers: List[asyncio.AbstractServer] = []
+        self._unix: Optional[Path] = None
         self._sweeper: Optional[asyncio.TimerHandle] = None
 
     async def start(self, address: Address) -> str:
@@ -47,10 +50,27 @@ class HttpServer:
         """
         loop = asyncio.get_running_loop()
         server = await loop.create_server(lambda: Connection(self), address.host, address.port, backlog=1024)
-        self._server = server
-        self._sweeper = loop.call_later(_SWEEP_S, self._sweep)
+        self._serve_with(server)
         host, port = server.sockets[0].getsockname()[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    async def start_unix(self, path: Path, mode: int) -> None:
+        """Listen on a Unix-domain socket too, as :func:`device_agent.server.unix_socket.bind` makes it.
+
+        Raises:
+            Refused: another agent answers there.
+            BadInput: the path cannot be used.
+        """
+        listener = bind(path, mode, "http.unix")
+        loop = asyncio.get_running_loop()
+        server = await loop.create_unix_server(lambda: Connection(self), sock=listener, backlog=1024)
+        self._serve_with(server)
+        self._unix = path
+
+    def _serve_with(self, server: asyncio.AbstractServer) -> None:
+        self._servers.append(server)
+        if self._sweeper is None:
+            self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
 
     async def drain(self, timeout_s: float) -> bool:
         """Stop accepting, answer what was accepted, close.
@@ -62,8 +82,10 @@ class HttpServer:
             Whether every accepted request was answered in time.
         """
         await asyncio.sleep(0)  # accept what the kernel has already connected
-        if self._server is not None:
-            self._server.close()
+        if self._unix is not None:
+            self._unix.unlink(missing_ok=True)  # before it closes: a later one there is another agent's
+        for server in self._servers:
+            server.close()
         self.draining = True
         now_s = started_s = answered_s = time.monotonic()
         while self.connections and now_s - started_s < timeout_s and now_s - answered_s < _DRAIN_FLUSH_S:

@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, Hashable, Mapping, Optional, Sequence, T
 import numpy as np
 
 from device_agent.manifest import TensorSpec
+from device_agent.server.classification import checked_count, classify
 from device_agent.server.fields import (
     ProtocolError,
     SharedPart,
@@ -30,11 +31,19 @@ ViewShared = Callable[[str, int, int], memoryview]
 
 @dataclass(frozen=True)
 class OutputWish:
-    """An output that the client wants: raw, as JSON, or put into shared memory."""
+    """An output that the client wants: raw, as JSON, or put into shared memory.
+
+    Attributes:
+        name: the output.
+        binary: whether raw.
+        shared: where to put it; None: into the answer.
+        classes: how many of its best classes are wanted in place of its values; 0: the values.
+    """
 
     name: str
     binary: bool
     shared: Optional[SharedPart] = None
+    classes: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,7 @@ class ModelInterface:
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
         max_batch_size: int,
+        labels: Optional[Mapping[str, Sequence[str]]] = None,
     ) -> None:
         """Describe a model.
 
@@ -91,13 +101,15 @@ class ModelInterface:
             version: likewise.
             inputs: its input tensors.
             outputs: its output tensors.
-            max_batch_size: most rows in a request.
+            max_batch_size: most rows in a request; 0: the first axis is no batch.
+            labels: names of classes, by output.
         """
         self.name = name
         self.version = version
         self.inputs = {spec.name: spec for spec in inputs}
         self.outputs = {spec.name: spec for spec in outputs}
         self.max_batch_size = max_batch_size
+        self._labels = labels or {}
 
     def check(
         self,
@@ -130,7 +142,11 @@ class ModelInterface:
 
     def answer_of(self, wish: OutputWish, outputs: Arrays) -> Tuple[str, np.ndarray[Any, Any]]:
         """What answers a wish: the datatype of a tensor, and its values."""
-        return self.outputs[wish.name].dtype, outputs[wish.name]
+        spec, array = self.outputs[wish.name], outputs[wish.name]
+        if not wish.classes:
+            return spec.dtype, array
+        batched = self.max_batch_size > 0 and spec.shape[:1] == (-1,)
+        return "BYTES", classify(array, wish.classes, self._labels.get(wish.name, ()), batched)
 
     # Inputs
 
@@ -169,7 +185,7 @@ class ModelInterface:
 
     def _rows(self, shapes: Mapping[str, Shape]) -> int:
         batched = {name: shape[0] for name, shape in shapes.items() if self.inputs[name].shape[:1] == (-1,)}
-        if not batched:
+        if not batched or self.max_batch_size == 0:
             return 1
         if len(set(batched.values())) != 1:
             raise ProtocolError(400, f"the inputs differ along the batch axis: {batched}")
@@ -197,12 +213,14 @@ class ModelInterface:
                 400, f"model '{self.name}' has no output {shown(name)}; it has {sorted(self.outputs)}"
             )
         parameters = object_field(item, "parameters", f"output '{name}'")
-        if parameters.get("classification"):
-            raise ProtocolError(400, f"output '{name}': this server does not offer classification")
+        classes = checked_count(name, self.outputs[name].dtype, parameters.get("classification"))
+        shared = shared_part(parameters, f"output '{name}'")
+        if classes and shared is not None:
+            raise ProtocolError(400, f"output '{name}': classification is not put into shared memory")
         binary = parameters.get("binary_data", binary_by_default)
         if not isinstance(binary, bool):
             raise ProtocolError(400, f"output '{name}': binary_data is not true or false")
-        return OutputWish(name, binary, shared_part(parameters, f"output '{name}'"))
+        return OutputWish(name, binary, shared, classes)
 
 
 def _place(item: Mapping[str, Any]) -> Optional[SharedPart]:

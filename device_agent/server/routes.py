@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from functools import partial
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 from device_agent.batching.job import Job
 from device_agent.server.connection import BINARY, JSON, Connection, Request
 from device_agent.server.content import compress, decompress
-from device_agent.server.fields import ProtocolError, error_body, load_json
+from device_agent.server.fields import ProtocolError, error_body, load_json, load_parameters, object_field
 from device_agent.server.interface import InferRequest
 from device_agent.server.paths import Route, parse_path
 from device_agent.server.protocol import ModelProtocol
@@ -27,7 +27,7 @@ class InferenceRoutes:
     def __init__(self, service: InferenceService) -> None:
         self._service = service
         self._routes: Dict[bytes, Route] = {}
-        self._protocols: Dict[str, ModelProtocol] = {}
+        self._protocols: Dict[Tuple[str, str], ModelProtocol] = {}
         self._handlers: Dict[str, Callable[[Request, Connection, Route], None]] = {
             "infer": self._infer,
             "server_metadata": lambda request, connection, route: _respond_json(
@@ -107,10 +107,11 @@ class InferenceRoutes:
             _respond_error(connection, ProtocolError(500, INTERNAL_ERROR))
 
     def _protocol_of(self, model: ServedModel) -> ModelProtocol:
-        name = model.interface.name
-        known = self._protocols.get(name)
-        if known is None or known.interface is not model.interface:
-            known = self._protocols[name] = ModelProtocol(model.interface, self._service.regions.view)
+        interface = model.interface
+        known = self._protocols.get((interface.name, interface.version))
+        if known is None or known.interface is not interface:
+            known = ModelProtocol(interface, self._service.regions.view)
+            self._protocols[interface.name, interface.version] = known
         return known
 
     # Documents
@@ -134,11 +135,18 @@ class InferenceRoutes:
         _respond_json(connection, self._service.index(bool(wanted.get("ready"))))
 
     def _load(self, request: Request, connection: Connection, route: Route) -> None:
-        self._service.spawn(self._load_and_answer(route.name or "", connection))
+        body = decompress(
+            request.body, request.headers.get(b"content-encoding"), self._service.max_body_bytes
+        )
+        wanted = load_json(bytes(body), "the request") if body else {}
+        config, files = load_parameters(object_field(wanted, "parameters", "the request"))
+        self._service.spawn(self._load_and_answer(route.name or "", config, files, connection))
 
-    async def _load_and_answer(self, name: str, connection: Connection) -> None:
+    async def _load_and_answer(
+        self, name: str, config: Optional[str], files: Mapping[str, bytes], connection: Connection
+    ) -> None:
         try:
-            await self._service.load(name)
+            await self._service.load(name, config, files)
         except ProtocolError as error:
             _respond_error(connection, error)
         else:

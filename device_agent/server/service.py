@@ -10,22 +10,38 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Coroutine, Dict, List, Optional, Set
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Coroutine,
+    Dict,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 from device_agent import __version__
 from device_agent.batching.job import DeadlineExceeded, Job, QueueFull
 from device_agent.config import Config
 from device_agent.engines.base import InputError
-from device_agent.errors import AgentError
 from device_agent.metrics import Metrics
 from device_agent.models import LoadedModel, Models
 from device_agent.server.documents import model_config, model_metadata, model_statistics
 from device_agent.server.fields import ProtocolError
 from device_agent.server.interface import Arrays, InferRequest, ModelInterface
+from device_agent.server.model_control import ModelControl
 from device_agent.server.shared_memory import Regions
+
+if TYPE_CHECKING:
+    from device_agent.repository.repository import Repository
 
 EXTENSIONS = [
     "binary_tensor_data",
+    "classification",
     "model_configuration",
     "model_repository",
     "statistics",
@@ -53,15 +69,17 @@ class InferenceService:
         regions: the registered shared memory.
     """
 
-    def __init__(self, models: Models, metrics: Metrics, config: Config) -> None:
+    def __init__(
+        self, models: Models, metrics: Metrics, config: Config, repository: Optional[Repository] = None
+    ) -> None:
         self.ready = False
         self.max_body_bytes = config.limits.max_body_bytes
         self.regions = Regions()
         self._models = models
+        self._control = ModelControl(models, repository)
         self._metrics = metrics
         self._config = config
-        self._served: Dict[str, ServedModel] = {}
-        self._unloaded: Dict[str, LoadedModel] = {}  # by a client; what it may load again
+        self._served: Dict[Tuple[str, str], ServedModel] = {}
         self._tasks: Set[asyncio.Task[None]] = set()
 
     # Inference
@@ -72,14 +90,12 @@ class InferenceService:
         Raises:
             ProtocolError: 404.
         """
-        loaded = self._models.get(name)
+        loaded = self._models.get(name, version)
         if loaded is None:
-            raise ProtocolError(404, f"model '{name}' is not found")
-        if version is not None and version != loaded.version:
-            raise ProtocolError(404, f"model '{name}' has no version {version}; it has {loaded.version}")
-        known = self._served.get(name)
+            raise _not_found(name, version, self._models.versions(name))
+        known = self._served.get((name, loaded.version))
         if known is None or known.loaded is not loaded:
-            known = self._served[name] = ServedModel(loaded, _interface_of(loaded))
+            known = self._served[name, loaded.version] = ServedModel(loaded, _interface_of(loaded))
         return known
 
     def submit(
@@ -138,17 +154,23 @@ class InferenceService:
     def model_metadata(self, name: str, version: Optional[str] = None) -> Dict[str, Any]:
         """See :func:`device_agent.server.documents.model_metadata`; ProtocolError 404."""
         model = self.find(name, version)
-        return model_metadata(model.interface, model.loaded.engine.runtime)
+        versions = [loaded.version for loaded in self._models.versions(name)]
+        return model_metadata(model.interface, versions, model.loaded.engine.runtime)
 
     def model_config(self, name: str, version: Optional[str] = None) -> Dict[str, Any]:
         """See :func:`device_agent.server.documents.model_config`; ProtocolError 404."""
         model = self.find(name, version)
+        if model.loaded.config is not None:
+            return dict(model.loaded.config)
         delay_us = self._config.batching.max_queue_delay_us
         return model_config(model.interface, model.loaded.engine.runtime, model.loaded.batchable, delay_us)
 
     def statistics(self, name: Optional[str] = None, version: Optional[str] = None) -> Dict[str, Any]:
-        """Statistics of one model, or of all where ``name`` is None; ProtocolError 404."""
-        models = self._models.serving() if name is None else [self.find(name, version).loaded]
+        """Statistics of one model's versions, or of all where ``name`` is None; ProtocolError 404."""
+        models: Sequence[LoadedModel] = self._models.serving()
+        if name is not None:
+            found = self.find(name, version).loaded
+            models = self._models.versions(name) if version is None else [found]
         return {"model_stats": [self._statistics_of(loaded) for loaded in models]}
 
     def _statistics_of(self, loaded: LoadedModel) -> Dict[str, Any]:
@@ -158,41 +180,24 @@ class InferenceService:
     # The repository extension
 
     def index(self, ready_only: bool) -> List[Dict[str, str]]:
-        """Every model that serves, and those that clients unloaded unless ``ready_only``."""
-        entries = [_index_entry(loaded, "READY", "") for loaded in self._models.serving()]
-        if not ready_only:
-            unloaded = [m for name, m in sorted(self._unloaded.items()) if self._models.get(name) is None]
-            entries += [_index_entry(model, "UNAVAILABLE", "unloaded") for model in unloaded]
-        return entries
+        """See :meth:`device_agent.server.model_control.ModelControl.index`."""
+        return self._control.index(ready_only)
 
-    async def load(self, name: str) -> None:
-        """Serve a model again that a client unloaded.
-
-        Raises:
-            ProtocolError: 400: it is not installed, or does not come up.
-        """
-        if self._models.get(name) is not None:
-            return
-        known = self._unloaded.get(name)
-        if known is None:
-            raise ProtocolError(400, f"model '{name}' is not installed on this device")
-        loop = asyncio.get_running_loop()
-        prepare = partial(self._models.prepare, known.directory, known.manifest, known.digest)
-        try:
-            loaded = await loop.run_in_executor(None, prepare)
-        except AgentError as error:
-            raise ProtocolError(400, f"model '{name}' does not load: {error.what}: {error.why}") from error
-        # Another load, or an installation, may have been quicker; then that one stays.
-        replaced = loaded if self._models.get(name) else self._models.switch(loaded)
-        if replaced is not None:
-            self.spawn(self._models.retire(replaced))
+    async def load(
+        self, name: str, config: Optional[str] = None, files: Optional[Mapping[str, bytes]] = None
+    ) -> None:
+        """See :meth:`device_agent.server.model_control.ModelControl.load`; ProtocolError 400."""
+        self._retire(await self._control.load(name, config, files))
 
     def unload(self, name: str) -> None:
-        """Serve a model no more; requests that it accepted are answered. An unknown one is no error."""
-        loaded = self._models.unload(name)
-        self._served.pop(name, None)
-        if loaded is not None:
-            self._unloaded[name] = loaded
+        """Serve a model no more; requests that it accepted are answered. ProtocolError 400."""
+        self._retire(self._control.unload(name))
+
+    def _retire(self, replaced: Sequence[LoadedModel]) -> None:
+        for loaded in replaced:
+            key = (loaded.manifest.name, loaded.version)
+            if key in self._served and self._served[key].loaded is loaded:
+                del self._served[key]  # which would keep its memory
             self.spawn(self._models.retire(loaded))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -211,12 +216,20 @@ def _job_error(name: str, error: Optional[Exception]) -> ProtocolError:
     return ProtocolError(500, f"model '{name}' failed: {error}")
 
 
+def _not_found(name: str, version: Optional[str], serving: Sequence[LoadedModel]) -> ProtocolError:
+    if not serving:
+        return ProtocolError(404, f"model '{name}' is not found")
+    has = ", ".join(loaded.version for loaded in serving)
+    return ProtocolError(404, f"model '{name}' has no version {version}; it has {has}")
+
+
 def _interface_of(loaded: LoadedModel) -> ModelInterface:
     manifest = loaded.manifest
     return ModelInterface(
-        manifest.name, loaded.version, manifest.inputs, manifest.outputs, manifest.max_batch_size
+        manifest.name,
+        loaded.version,
+        manifest.inputs,
+        manifest.outputs,
+        manifest.max_batch_size,
+        loaded.labels,
     )
-
-
-def _index_entry(loaded: LoadedModel, state: str, reason: str) -> Dict[str, str]:
-    return {"name": loaded.manifest.name, "version": loaded.version, "state": state, "reason": reason}

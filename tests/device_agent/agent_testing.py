@@ -199,7 +199,8 @@ _SERVE = "import sys; from device_agent.cli import main; sys.exit(main())"
 class AgentProcess:
     """``edgekit-agent serve`` as a child process, on free ports."""
 
-    def __init__(self, root: Path, settings: str = "") -> None:
+    def __init__(self, root: Path, settings: str = "", arguments: Sequence[str] = ()) -> None:
+        self._arguments = arguments
         self.control = root / "control.sock"
         self.log_path = root / "agent.log"
         config = root / "agent.toml"
@@ -219,7 +220,7 @@ class AgentProcess:
         """Start, and return when it serves."""
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _SERVE, "serve", "--config", str(self._config)],
+                [sys.executable, "-c", _SERVE, "serve", "--config", str(self._config), *self._arguments],
                 stderr=log,
                 stdout=log,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import pytest
 
@@ -19,11 +19,10 @@ def start_agent(tmp_path: Path) -> Iterator[Callable[..., AgentProcess]]:
     """Start an agent that serves the given bundles; it is ended after the test."""
     agents: list[AgentProcess] = []
 
-    def start(*bundles: TestBundle, settings: str = "") -> AgentProcess:
-
+    def start(*bundles: TestBundle, settings: str = "", arguments: Sequence[str] = ()) -> AgentProcess:
         root = tmp_path / f"agent{len(agents)}"
         root.mkdir()
-        agent = AgentProcess(root, settings)
+        agent = AgentProcess(root, settings, arguments)
         install(root / "state", bundles)
         agents.append(agent)
         return agent.start()

@@ -232,7 +232,7 @@ def test_outputs_are_those_asked_for(outputs: Any, parameters: Any, wishes: Any)
         (json_request(parameters={"sequence_id": 5}), "sequence_id"),
         (json_request(outputs="y"), "'outputs'"),
         (json_request(outputs=[{"name": "q"}]), "no output 'q'"),
-        (json_request(outputs=[{"name": "y", "parameters": {"classification": 3}}]), "classification"),
+        (json_request(outputs=[{"name": "y", "parameters": {"classification": "3"}}]), "classification"),
         (json_request(outputs=[{"name": "y", "parameters": {"binary_data": 1}}]), "binary_data"),
         (with_input(datatype="INT32"), "is FP32, not 'INT32'"),
         (with_input(datatype=None), "is FP32"),
@@ -366,9 +366,9 @@ def test_types_without_a_json_form_say_so() -> None:
 
 def test_metadata_shows_the_batch_axis_and_config_hides_it() -> None:
     """As Triton does: metadata shapes start with -1, config dims leave the batch out."""
-    metadata = model_metadata(INTERFACE, "onnxruntime")
+    metadata = model_metadata(INTERFACE, ["2", "3"], "onnxruntime")
     assert metadata["inputs"][0] == {"name": "x", "datatype": "FP32", "shape": [-1, 2]}
-    assert metadata["versions"] == ["3"]
+    assert metadata["versions"] == ["2", "3"]
     config = model_config(INTERFACE, "onnxruntime", True, 0)
     assert config["max_batch_size"] == 4
     assert config["input"][0] == {"name": "x", "data_type": "TYPE_FP32", "dims": [2]}

@@ -1,0 +1,71 @@
+"""Unix-domain sockets: who may connect is decided by the file's mode, and a stale one is replaced."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+from device_agent.errors import BadInput, Refused
+
+
+def bind(path: Path, mode: int, key: str) -> socket.socket:
+    """Make a socket that can be listened on; no process with less than ``mode`` can ever connect.
+
+    A missing parent directory is created, for its owner alone if the socket is; a socket that no process
+    listens on is replaced.
+
+    Args:
+        path: where the socket is made.
+        mode: the file's permissions; connecting needs the right to write.
+        key: the configuration's name for it, for errors.
+
+    Raises:
+        Refused: another agent answers there.
+        BadInput: something else than a socket is in the way, or the path cannot be used.
+    """
+    try:
+        if not path.parent.is_dir():
+            path.parent.mkdir(mode=0o755 if mode & 0o077 else 0o700, parents=True)
+        _remove_stale(path, key)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # On Linux the socket's own mode, less the umask, becomes the file's: it is never too open.
+            os.fchmod(listener.fileno(), mode)
+            listener.bind(str(path))
+            path.chmod(mode)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise BadInput(
+            f"the socket {path} cannot be made",
+            error.strerror or str(error),
+            f"set {key} in the agent's configuration to a path that it may write",
+        ) from error
+    return listener
+
+
+def _remove_stale(path: Path, key: str) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise BadInput(
+            f"the socket {path} cannot be made",
+            "something else is there",
+            f"move it away, or set another {key}",
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise Refused(
+        f"another agent answers on {path}",
+        "two agents cannot share a socket, nor a store",
+        "stop it before starting this one",
+    )
