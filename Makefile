@@ -1,17 +1,19 @@
-# make setup | demo | test | lint | bench | test-agent: each works from a clean clone.
+# make setup | demo | test | lint | bench | test-agent | fuzz: each works from a clean clone.
 #
 # PYTHON            the host's interpreter, 3.10 or newer
 # PIP_ARGS          passed to pip; where pip would fetch a CUDA build of torch, point it at PyTorch's CPU
 #                   wheels:  make demo PIP_ARGS="--extra-index-url ADDRESS"
+# FUZZ_SECONDS      how long fuzz runs each target
 # AGENT_PYTHONS     the versions that test-agent looks for
 PYTHON ?= python3
 PIP_ARGS ?=
+FUZZ_SECONDS ?= 1200
 AGENT_PYTHONS ?= 3.8 3.9 3.10 3.11 3.12 3.13 3.14
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench test-agent clean
+.PHONY: setup demo test lint bench test-agent fuzz clean
 
 setup: $(STAMP)
 
@@ -37,6 +39,9 @@ lint: setup
 
 test-agent:
 	bash tests/device_agent/run.sh $(AGENT_PYTHONS)
+
+fuzz: setup
+	$(BIN)/python tests/fuzz/fuzz_run.py --seconds $(FUZZ_SECONDS)
 
 bench: setup
 	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)) benchmarks/serving/run.py; do \

@@ -134,6 +134,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def eof_received(self) -> Optional[bool]:
         """The client closed its side; HTTP clients do that when they give up, so the request is dropped."""
+        self._close()
         return False
 
     def pause_writing(self) -> None:
@@ -370,6 +371,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def abort(self) -> None:
         """Close now, losing what was not sent yet."""
+        self._closing = True
         if self._transport is not None:
             self._transport.abort()
 
