@@ -22,10 +22,8 @@ mistake never silently leaves a default in place.
     [limits]
     max_body_bytes = 67108864
 
-    [batching]
-    max_queue_delay_us = 0
-
     [models.NAME]                     # settings of one model, by its name
+    slo_ms = 50
     threads = 1
     cpus = "0-1"
     isolate = true
@@ -33,15 +31,17 @@ mistake never silently leaves a default in place.
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import sys
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, TypeVar
+from typing import Mapping, Optional
 
 from device_agent.affinity import parse_cpus
+from device_agent.batching.settings import Batching, problems
 from device_agent.errors import BadInput
+from device_agent.strict import fill as _fill
+from device_agent.strict import wrong_type as _wrong_type
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -102,18 +102,6 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Batching:
-    """How requests are put together.
-
-    Attributes:
-        max_queue_delay_us: how long an idle engine may wait for company, in microseconds. 0: never; requests
-            that arrive while the engine is busy still run together.
-    """
-
-    max_queue_delay_us: int = 0
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """Settings of one model, in the table ``[models.NAME]``.
 
@@ -124,6 +112,11 @@ class ModelConfig:
             any.
         isolate: run the engine in a process of its own, whose crash the agent survives.
         run_timeout_s: an isolated engine that takes longer for one run is ended and started again.
+        slo_ms: within which a request should be answered; one that cannot be is refused with 503. 0: no
+            objective.
+        weight: the model's share of the engine where several want it, relative to the others'.
+        max_queue_size: requests of each priority level that may wait; 0: ``limits.max_queue_size``.
+        batching: in the place of the agent's own; None: that one, or what a repository's configuration says.
     """
 
     threads: int = -1
@@ -131,6 +124,10 @@ class ModelConfig:
     numa_node: int = -1
     isolate: bool = False
     run_timeout_s: float = 30.0
+    slo_ms: float = 0.0
+    weight: float = 1.0
+    max_queue_size: int = 0
+    batching: Optional[Batching] = field(default=None, metadata={"table": Batching()})
 
 
 @dataclass(frozen=True)
@@ -145,6 +142,8 @@ class Config:
         http: where the Open Inference Protocol is served.
         metrics: where ``/metrics`` and the status page are served.
         threads: threads that one inference may use; 0: as many as the machine has cores.
+        batching: how requests are put together.
+        concurrent_runs: engines that may run at the same time; 0: as many as find cores of their own.
         models: settings of single models, by name.
     """
 
@@ -157,7 +156,8 @@ class Config:
     limits: Limits = field(default_factory=Limits)
     batching: Batching = field(default_factory=Batching)
     threads: int = 0
-    models: Mapping[str, ModelConfig] = field(default_factory=dict)
+    concurrent_runs: int = 0
+    models: Mapping[str, ModelConfig] = field(default_factory=dict, metadata={"entries": ModelConfig()})
 
     def of_model(self, name: str) -> ModelConfig:
         """The settings of a model; the defaults where the file has no table for it."""
@@ -203,65 +203,6 @@ def _read(path: Path) -> str:
         raise BadInput(f"{path} cannot be read", f"it is not UTF-8: {error}", "save it as UTF-8") from error
 
 
-_T = TypeVar("_T")
-
-_KINDS: Dict[str, Tuple[Tuple[Type[Any], ...], str]] = {
-    "Path": ((str,), "a string"),
-    "str": ((str,), "a string"),
-    "bool": ((bool,), "true or false"),
-    "int": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
-}
-
-
-def _fill(defaults: _T, raw: Mapping[str, Any], source: str, prefix: str) -> _T:
-    """Copy ``defaults`` with the values of a TOML table, each checked against the field's type."""
-    known = {f.name: f for f in fields(defaults)}  # type: ignore[arg-type]  # always a dataclass instance
-    changes: Dict[str, Any] = {}
-    for key, value in raw.items():
-        name = prefix + key
-        if key not in known:
-            raise _unknown_key(name, [prefix + k for k in known], source)
-        current = getattr(defaults, key)
-        if is_dataclass(current):
-            if not isinstance(value, dict):
-                raise _wrong_type(name, "a table", value, source)
-            changes[key] = _fill(current, value, source, name + ".")
-        elif key == "models":
-            changes[key] = _models(value, source)
-        else:
-            changes[key] = _scalar(str(known[key].type), name, value, source)
-    return replace(defaults, **changes)  # type: ignore[type-var]  # always a dataclass instance
-
-
-def _models(raw: Any, source: str) -> Dict[str, ModelConfig]:
-    if not isinstance(raw, dict):
-        raise _wrong_type("models", "a table", raw, source)
-    for name, table in raw.items():
-        if not isinstance(table, dict):
-            raise _wrong_type(f"models.{name}", "a table", table, source)
-    return {name: _fill(ModelConfig(), table, source, f"models.{name}.") for name, table in raw.items()}
-
-
-def _scalar(kind: str, name: str, value: Any, source: str) -> Any:
-    accepted, text = _KINDS[kind]
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
-        raise _wrong_type(name, text, value, source)
-    if kind == "Path":
-        return Path(value)
-    return float(value) if kind == "float" else value
-
-
-def _unknown_key(name: str, known: List[str], source: str) -> BadInput:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    fix = f"did you mean '{close[0]}'?" if close else "choose one of: " + ", ".join(sorted(known))
-    return BadInput(f"{source} cannot be used", f"the key '{name}' is unknown", fix)
-
-
-def _wrong_type(name: str, expected: str, value: Any, source: str) -> BadInput:
-    return BadInput(f"{source} cannot be used", f"'{name}' is {value!r}", f"make '{name}' {expected}")
-
-
 def _check(config: Config, source: str) -> None:
     """Check what types cannot say."""
     _check_address(config.http, "http", source)
@@ -275,10 +216,11 @@ def _check(config: Config, source: str) -> None:
             raise _wrong_type(name, "a number above zero", value, source)
     for name, value in {
         "threads": config.threads,
-        "batching.max_queue_delay_us": config.batching.max_queue_delay_us,
+        "concurrent_runs": config.concurrent_runs,
     }.items():
         if value < 0:
             raise _wrong_type(name, "zero or more", value, source)
+    _check_batching(config.batching, "batching", source)
     for name, model in config.models.items():
         _check_model(model, f"models.{name}", source)
 
@@ -287,14 +229,29 @@ def _check_model(model: ModelConfig, prefix: str, source: str) -> None:
     for key in ("threads", "numa_node"):
         if getattr(model, key) < -1:
             raise _wrong_type(f"{prefix}.{key}", "-1 or more", getattr(model, key), source)
-    if not 0 < model.run_timeout_s < float("inf"):
-        raise _wrong_type(f"{prefix}.run_timeout_s", "a number above zero", model.run_timeout_s, source)
+    for key in ("run_timeout_s", "weight"):
+        if not 0 < getattr(model, key) < float("inf"):
+            raise _wrong_type(f"{prefix}.{key}", "a number above zero", getattr(model, key), source)
+    for key in ("slo_ms", "max_queue_size"):
+        if not 0 <= getattr(model, key) < float("inf"):
+            raise _wrong_type(f"{prefix}.{key}", "zero or more", getattr(model, key), source)
+    if model.batching is not None:
+        _check_batching(model.batching, f"{prefix}.batching", source)
     try:
         parse_cpus(model.cpus)
     except ValueError as error:
         raise BadInput(
             f"{source} cannot be used", f"'{prefix}.cpus': {error}", 'write cores as in "0-1,4"'
         ) from error
+
+
+def _check_batching(batching: Batching, prefix: str, source: str) -> None:
+    for key, expected in problems(batching):
+        raise BadInput(
+            f"{source} cannot be used",
+            f"'{prefix}.{key}' has no meaning",
+            f"make '{prefix}.{key}' {expected}",
+        )
 
 
 def _check_address(address: Address, name: str, source: str) -> None:

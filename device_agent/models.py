@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from device_agent.affinity import Placement, parse_cpus, resolve
 from device_agent.batching.batcher import Batcher, BatcherSettings
-from device_agent.batching.policy import PolicySettings
+from device_agent.batching.cores import Shares, inline_below_s
 from device_agent.batching.settings import Batching
 from device_agent.config import Config
 from device_agent.engines import candidates, load_runtime
@@ -71,6 +71,7 @@ class Models:
         self._metrics = metrics
         self._serving: Dict[str, Tuple[LoadedModel, ...]] = {}  # by name; versions ascend
         self._repository_names: Set[str] = set()
+        self._shares = Shares(config.concurrent_runs)
 
     def prepare(self, directory: Path, manifest: Manifest, digest: str) -> LoadedModel:
         """Open the engine of an unpacked bundle, self-test it and warm it up. Blocks; changes nothing.
@@ -101,9 +102,8 @@ class Models:
     def _bring_up(self, engine: Engine, directory: Path, manifest: Manifest, digest: str) -> LoadedModel:
         try:
             selftest = check(engine, directory, manifest)
-            batcher = Batcher(
-                engine, self._batcher_settings(manifest), self._metrics.of_model(manifest.name, digest)
-            )
+            size = manifest.max_batch_size if is_batchable(manifest) else 1
+            batcher = self._batcher(engine, manifest, digest, size, self._config.batching)
             _warm_up(engine, batcher, directory, manifest)
         except BaseException:
             engine.close()
@@ -133,13 +133,8 @@ class Models:
         self, engine: Engine, manifest: Manifest, digest: str, batching: Optional[Batching]
     ) -> Batcher:
         """The queue in front of an engine of :meth:`open_graph`; without ``batching`` requests run alone."""
-        delay_us = batching.max_queue_delay_microseconds if batching is not None else None
-        policy = PolicySettings(
-            max_batch_size=manifest.max_batch_size if batching is not None and is_batchable(manifest) else 1,
-            max_queue_delay_s=(delay_us or 0) / 1e6,
-        )
-        settings = BatcherSettings(policy, self._config.limits.max_queue_size)
-        return Batcher(engine, settings, self._metrics.of_model(manifest.name, digest))
+        size = manifest.max_batch_size if batching is not None and is_batchable(manifest) else 1
+        return self._batcher(engine, manifest, digest, size, batching or Batching())
 
     def switch(self, loaded: LoadedModel) -> Optional[LoadedModel]:
         """Send new requests to ``loaded``.
@@ -216,12 +211,21 @@ class Models:
         placement = resolve(Placement(parse_cpus(model.cpus), node))
         return EngineSettings(self._config.threads if model.threads < 0 else model.threads, placement)
 
-    def _batcher_settings(self, manifest: Manifest) -> BatcherSettings:
-        policy = PolicySettings(
-            max_batch_size=manifest.max_batch_size if is_batchable(manifest) else 1,
-            max_queue_delay_s=self._config.batching.max_queue_delay_us / 1e6,
+    def _batcher(
+        self, engine: Engine, manifest: Manifest, digest: str, max_batch_size: int, batching: Batching
+    ) -> Batcher:
+        model = self._config.of_model(manifest.name)
+        placed = self._engine_settings(manifest.name)
+        settings = BatcherSettings(
+            max_batch_size=max_batch_size,
+            max_queue_size=model.max_queue_size or self._config.limits.max_queue_size,
+            batching=model.batching or batching,
+            slo_s=model.slo_ms / 1e3 or None,
+            weight=model.weight,
+            inline_below_s=inline_below_s(placed, model.isolate),
         )
-        return BatcherSettings(policy, self._config.limits.max_queue_size)
+        metrics = self._metrics.of_model(manifest.name, digest)
+        return Batcher(engine, settings, metrics, self._shares.of(placed))
 
 
 def _close(engine: Engine) -> None:

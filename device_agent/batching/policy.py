@@ -1,11 +1,11 @@
 """Which waiting requests run now: a pure function of the queue, the clock and what was learned.
 
-The policy is work-conserving. An idle engine takes what waits at once; requests that arrive while it is
-busy run together when it is free again. Only a ``max_queue_delay_s`` that the user sets makes an idle engine
-wait for company.
+An idle engine takes what waits at once; requests that arrive while it is busy run together when it is free
+again. It waits only where clients that were just answered are about to return and a run less is worth more
+than the wait (see :mod:`device_agent.batching.returns`), or where the user sets a delay.
 
-A larger batch is taken only where it pays: among the sizes that the queue offers, the smallest whose cost
-for each row is within 2% of the cheapest. Where a batch of sixteen costs sixteen times as much as one,
+A larger batch is taken only where it pays: of the sizes that the queue offers, the smallest with which all
+that waits is done within 2% of the least time. Where a batch of sixteen costs sixteen times as much as one,
 requests run one after the other, and the first is answered sixteen times earlier.
 """
 
@@ -14,7 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable, Hashable, List, Optional, Protocol, Sequence, Tuple
 
+from device_agent.batching.returns import NOBODY, Company
+
 _WORTH_FRACTION = 0.02
+_WAIT_WORTH_FRACTION = 0.8  # of what is gained; the rest is for estimates that are off
+
+Predict = Callable[[int], Optional[float]]
 
 
 class Waiting(Protocol):
@@ -24,11 +29,14 @@ class Waiting(Protocol):
         rows: its size along the batch axis.
         batch_key: requests with equal keys may share a batch: the same inputs, types and row shapes.
         arrived_s: when it came, on the clock that ``now_s`` is read from.
+        start_by_s, finish_by_s: the latest points for it on that clock; infinite: none.
     """
 
     rows: int
     batch_key: Hashable
     arrived_s: float
+    start_by_s: float
+    finish_by_s: float
 
 
 @dataclass(frozen=True)
@@ -37,13 +45,29 @@ class PolicySettings:
 
     Attributes:
         max_batch_size: most rows in one run; 1 runs every request alone.
-        max_queue_delay_s: how long the oldest request may wait for company while the engine is idle.
-        handover_s: what every batch costs besides its run: the way to the engine's thread and back.
+        max_queue_delay_s: how long a request may wait for company while the engine is idle; None: as long
+            as waiting pays, by what was learned.
+        preferred_sizes: rows at which a batch starts without waiting for more; empty: any size.
     """
 
     max_batch_size: int
-    max_queue_delay_s: float = 0.0
+    max_queue_delay_s: Optional[float] = None
+    preferred_sizes: Tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What past runs say of the next.
+
+    Attributes:
+        predict_s: seconds for a number of rows; None: not known yet.
+        handover_s: what every batch costs besides its run.
+        company: who is about to join.
+    """
+
+    predict_s: Predict
     handover_s: float = 100e-6
+    company: Company = NOBODY
 
 
 @dataclass(frozen=True)
@@ -59,76 +83,70 @@ class Decision:
     wake_at_s: Optional[float] = None
 
 
-_LONE = Decision(take=(0,))
-
-
 def decide(
     queue: Sequence[Waiting],
     now_s: float,
     busy: bool,
-    predict_s: Callable[[int], Optional[float]],
+    learned: Learned,
     settings: PolicySettings,
+    leader: int = 0,
 ) -> Decision:
     """Choose the next batch.
 
-    The oldest request is in every batch, so none starves; others join if they share its key.
-
     Args:
-        queue: waiting requests, oldest first.
+        queue: waiting requests, in the order in which they should be served.
         now_s: the clock.
         busy: whether the engine is running a batch.
-        predict_s: learned seconds for a number of rows; None: not known yet.
+        learned: what past runs say.
         settings: the limits.
+        leader: position of the request that must be in the batch; others join if they share its key.
     """
     if busy or not queue:
         return Decision()
-    if len(queue) == 1 and settings.max_queue_delay_s == 0.0:
-        return _LONE
-    candidates = _companions(queue, settings.max_batch_size)
+    candidates = _companions(queue, leader, settings.max_batch_size)
     rows = sum(queue[i].rows for i in candidates)
-    due_s = queue[0].arrived_s + settings.max_queue_delay_s
-    if now_s < due_s and rows < settings.max_batch_size and not _left_behind(queue, candidates):
-        return Decision(wake_at_s=due_s)
-    return Decision(take=_worthwhile(queue, candidates, predict_s, settings.handover_s))
+    if rows < settings.max_batch_size and not _left_behind(queue, candidates):
+        wake_at_s = _wait_until_s(queue, candidates, rows, now_s, learned, settings)
+        if wake_at_s is not None and wake_at_s > now_s:
+            return Decision(wake_at_s=wake_at_s)
+        return Decision(take=_in_time(queue, _sized(queue, candidates, learned, settings), now_s, learned))
+    return Decision(take=tuple(sorted(_sized(queue, candidates, learned, settings))))
 
 
-def earliest_start_s(
-    queue: Sequence[Waiting],
-    batch_key: Hashable,
-    now_s: float,
-    free_at_s: float,
-    predict_s: Callable[[int], Optional[float]],
-    settings: PolicySettings,
-) -> float:
-    """When a request that joins the queue now could start at best, on the clock of ``now_s``.
+def steady_size(learned: Learned, max_rows: int) -> int:
+    """Rows in each batch of a queue that never ends; ``max_rows`` while nothing was learned."""
+    return _smallest_worthwhile(range(1, max_rows + 1), learned)
 
-    At best: it overtakes requests of other keys, those of its own run before it at the lowest learned cost
-    for each row, and its own batch is full. Where nothing was learned, that is now.
+
+def saved_s(rows: int, more_rows: int, learned: Learned, max_rows: int) -> float:
+    """Seconds of the engine that are saved where ``more_rows`` run with ``rows`` and not after them.
 
     Args:
-        queue: waiting requests.
-        batch_key: the new request's.
-        now_s: the clock.
-        free_at_s: when the running batch should end; in the past if none runs or it is late.
-        predict_s: learned seconds for a number of rows; None: not known yet.
-        settings: the limits.
+        rows: those that wait.
+        more_rows: those to come.
+        learned: what runs cost.
+        max_rows: the size of batch beyond which nothing is gained.
     """
-    start_s = max(now_s, free_at_s)
-    one_s, full_s = predict_s(1), predict_s(settings.max_batch_size)
-    if one_s is None or full_s is None:
-        return start_s
-    rows = sum(item.rows for item in queue if item.batch_key == batch_key)
-    before = max(0, rows - (settings.max_batch_size - 1))
-    return start_s + before * min(one_s, full_s / settings.max_batch_size)
+    apart_s = clearing_s(rows, max_rows, learned) + clearing_s(more_rows, max_rows, learned)
+    return apart_s - clearing_s(rows + more_rows, max_rows, learned)
 
 
-def _companions(queue: Sequence[Waiting], max_rows: int) -> List[int]:
-    """The oldest request and, in order of arrival, those that fit into a batch with it."""
-    first = queue[0]
-    taken, rows = [0], first.rows
-    for position in range(1, len(queue)):
-        item = queue[position]
-        if item.batch_key != first.batch_key:
+def clearing_s(rows: int, size: int, learned: Learned) -> float:
+    """Seconds for ``rows`` in batches of ``size``; only the handovers while nothing was learned."""
+    whole, rest = divmod(rows, size)
+    total_s = whole * (learned.handover_s + (learned.predict_s(size) or 0.0))
+    return total_s + (learned.handover_s + (learned.predict_s(rest) or 0.0) if rest else 0.0)
+
+
+# Who
+
+
+def _companions(queue: Sequence[Waiting], leader: int, max_rows: int) -> List[int]:
+    """The leader and, in the queue's order, those that fit into a batch with it."""
+    first = queue[leader]
+    taken, rows = [leader], first.rows
+    for position, item in enumerate(queue):
+        if position == leader or item.batch_key != first.batch_key:
             continue
         if rows + item.rows > max_rows:
             break  # a smaller one behind it would fit, but requests of one shape keep their order
@@ -139,25 +157,96 @@ def _companions(queue: Sequence[Waiting], max_rows: int) -> List[int]:
 
 def _left_behind(queue: Sequence[Waiting], candidates: List[int]) -> bool:
     """Whether a request of the batch's shape found no place in it: then waiting gathers nobody else."""
-    return sum(item.batch_key == queue[0].batch_key for item in queue) > len(candidates)
+    key = queue[candidates[0]].batch_key
+    return sum(item.batch_key == key for item in queue) > len(candidates)
 
 
-def _worthwhile(
+# When
+
+
+def _wait_until_s(
     queue: Sequence[Waiting],
     candidates: List[int],
-    predict_s: Callable[[int], Optional[float]],
-    handover_s: float,
-) -> Tuple[int, ...]:
+    rows: int,
+    now_s: float,
+    learned: Learned,
+    settings: PolicySettings,
+) -> Optional[float]:
+    """Until when to wait for more; None: not at all."""
+    start_by_s = min(queue[i].start_by_s for i in candidates)
+    if settings.max_queue_delay_s is None:
+        if learned.company.rows == 0 or not _company_pays(queue, candidates, rows, now_s, learned, settings):
+            return None
+        return min(learned.company.until_s, start_by_s)
+    if any(size <= rows for size in settings.preferred_sizes):
+        return None
+    return min(min(queue[i].arrived_s for i in candidates) + settings.max_queue_delay_s, start_by_s)
+
+
+def _company_pays(
+    queue: Sequence[Waiting],
+    candidates: List[int],
+    rows: int,
+    now_s: float,
+    learned: Learned,
+    settings: PolicySettings,
+) -> bool:
+    company = learned.company
+    size = steady_size(learned, settings.max_batch_size)
+    gain_s = saved_s(rows, company.rows, learned, size)
+    wait_s = max(0.0, company.likely_s - now_s)
+    if wait_s >= _WAIT_WORTH_FRACTION * gain_s:
+        return False
+    together = min(rows + company.rows, settings.max_batch_size)
+    answer_s = company.until_s + learned.handover_s + (learned.predict_s(together) or 0.0)
+    return answer_s <= min(queue[i].finish_by_s for i in candidates)
+
+
+# How many
+
+
+def _sized(
+    queue: Sequence[Waiting], candidates: List[int], learned: Learned, settings: PolicySettings
+) -> List[int]:
     if len(candidates) == 1:
-        return (candidates[0],)
-    costs_s: List[float] = []
+        return candidates
+    sizes: List[int] = []
     rows = 0
     for position in candidates:
         rows += queue[position].rows
-        batch_s = predict_s(rows)
-        if batch_s is None:
-            return tuple(candidates)  # nothing learned yet: batching is what usually pays
-        costs_s.append((handover_s + batch_s) / rows)
-    bound_s = min(costs_s) * (1.0 + _WORTH_FRACTION)
-    count = next(i for i, cost_s in enumerate(costs_s, start=1) if cost_s <= bound_s)
-    return tuple(candidates[:count])
+        sizes.append(rows)
+    if settings.preferred_sizes:
+        return candidates[: _preferred(sizes, settings.preferred_sizes)]
+    return candidates[: 1 + sizes.index(_smallest_worthwhile(sizes, learned))]
+
+
+def _preferred(sizes: Sequence[int], preferred: Sequence[int]) -> int:
+    """How many candidates make up the largest preferred size that is reached; all if none is."""
+    reached = [size for size in preferred if size <= sizes[-1]]
+    if not reached:
+        return len(sizes)
+    return max(1, sum(size <= max(reached) for size in sizes))
+
+
+def _smallest_worthwhile(sizes: Sequence[int], learned: Learned) -> int:
+    """The smallest of ``sizes``, ascending, in which the last one's rows are done about as soon as can be."""
+    rows = sizes[-1]
+    if learned.predict_s(rows) is None:
+        return rows  # nothing learned yet: batching is what usually pays
+    totals_s = [clearing_s(rows, size, learned) for size in sizes]
+    bound_s = min(totals_s) * (1.0 + _WORTH_FRACTION)
+    return next(size for size, total_s in zip(sizes, totals_s) if total_s <= bound_s)
+
+
+def _in_time(queue: Sequence[Waiting], chosen: List[int], now_s: float, learned: Learned) -> Tuple[int, ...]:
+    """Leave out the last ones where they would make the others late.
+
+    Only for a queue that fits into one batch. In a longer one, smaller batches would make everybody later.
+    """
+    while len(chosen) > 1:
+        finish_by_s = min(queue[i].finish_by_s for i in chosen)
+        rows = sum(queue[i].rows for i in chosen)
+        if now_s + (learned.predict_s(rows) or 0.0) <= finish_by_s:
+            break
+        chosen = chosen[:-1]
+    return tuple(sorted(chosen))

@@ -8,8 +8,8 @@ at the field. Where a field is left at its default, the agent decides by what it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Iterator, Mapping, Optional, Tuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 REJECT = "REJECT"
 DELAY = "DELAY"
@@ -64,7 +64,9 @@ class Batching:
     priority_levels: int = 0
     default_priority_level: int = 0
     default_queue_policy: QueuePolicy = QueuePolicy()
-    priority_queue_policy: Mapping[int, QueuePolicy] = field(default_factory=dict)
+    priority_queue_policy: Mapping[int, QueuePolicy] = field(
+        default_factory=dict, metadata={"entries": QueuePolicy(), "key": int}
+    )
 
     def level(self, requested: int) -> int:
         """The level of a request that asks for ``requested``; 1 where there are no levels."""
@@ -75,6 +77,23 @@ class Batching:
     def policy(self, level: int) -> QueuePolicy:
         """What holds for requests of a level."""
         return self.priority_queue_policy.get(level, self.default_queue_policy)
+
+
+def document(batching: Batching) -> Dict[str, Any]:
+    """The settings as the ``dynamic_batching`` of a model configuration in JSON."""
+    result: Dict[str, Any] = {
+        "preferred_batch_size": list(batching.preferred_batch_size),
+        "max_queue_delay_microseconds": batching.max_queue_delay_microseconds or 0,
+        "preserve_ordering": False,
+        "priority_levels": batching.priority_levels,
+        "default_priority_level": batching.default_priority_level,
+        "priority_queue_policy": {
+            str(level): asdict(policy) for level, policy in batching.priority_queue_policy.items()
+        },
+    }
+    if batching.default_queue_policy != QueuePolicy():
+        result["default_queue_policy"] = asdict(batching.default_queue_policy)
+    return result
 
 
 def problems(batching: Batching, max_batch_size: Optional[int] = None) -> Iterator[Tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 from device_agent.manifest import TensorSpec
 from device_agent.metrics import Histogram, ModelMetrics
@@ -22,24 +22,30 @@ def model_metadata(model: ModelInterface, versions: Sequence[str], runtime: str)
 
 
 def model_config(
-    model: ModelInterface, runtime: str, batchable: bool, max_queue_delay_us: int
+    model: ModelInterface, runtime: str, batching: Optional[Mapping[str, Any]]
 ) -> Dict[str, Any]:
-    """Answer to ``GET /v2/models/M/config``, as Triton writes it: dims leave the batch axis out."""
-    skip = 1 if batchable else 0
+    """Answer to ``GET /v2/models/M/config``, as Triton writes it: dims leave the batch axis out.
+
+    Args:
+        model: what clients see of it.
+        runtime: of its engine.
+        batching: its ``dynamic_batching``; None: it has no batch axis.
+    """
+    skip = 0 if batching is None else 1
     config: Dict[str, Any] = {
         "name": model.name,
         "platform": _platform(runtime),
         "backend": runtime,
         "version_policy": {"latest": {"num_versions": 1}},
-        "max_batch_size": model.max_batch_size if batchable else 0,
+        "max_batch_size": 0 if batching is None else model.max_batch_size,
         "input": [_tensor_config(spec, skip) for spec in model.inputs.values()],
         "output": [_tensor_config(spec, skip) for spec in model.outputs.values()],
         "instance_group": [{"name": f"{model.name}_0", "kind": "KIND_CPU", "count": 1}],
         "default_model_filename": "model.onnx",
         "parameters": {},
     }
-    if batchable:
-        config["dynamic_batching"] = {"max_queue_delay_microseconds": max_queue_delay_us}
+    if batching is not None:
+        config["dynamic_batching"] = dict(batching)
     return config
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import reprlib
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Tuple
@@ -28,12 +29,14 @@ class ProtocolError(Exception):
     Attributes:
         status: the HTTP status.
         message: what the client is told.
+        retry_after_s: with status 503, when to try again; whole seconds, as the header wants them.
     """
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
+        self.retry_after_s = max(1, math.ceil(retry_after_s))
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,14 @@ def timeout_s(parameters: Mapping[str, Any]) -> Optional[float]:
     if not is_size(value):
         raise ProtocolError(400, "'timeout' is not a whole number of microseconds")
     return float(value) / 1e6
+
+
+def priority(parameters: Mapping[str, Any]) -> int:
+    """The request's ``priority``, 1 being the highest; 0: it has none."""
+    value = parameters.get("priority", 0)
+    if not is_size(value):
+        raise ProtocolError(400, "'priority' is not a whole number")
+    return int(value)
 
 
 def shared_part(parameters: Mapping[str, Any], where: str) -> Optional[SharedPart]:

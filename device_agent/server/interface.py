@@ -18,6 +18,7 @@ from device_agent.server.fields import (
     SharedPart,
     is_size,
     object_field,
+    priority,
     shared_part,
     shown,
     timeout_s,
@@ -57,6 +58,7 @@ class RequestHead:
         batch_key: requests with equal keys may share a run.
         outputs: what to answer, in this order.
         timeout_s: longest wait for the engine; None: no limit.
+        priority: 1 is the highest; 0: the model's default.
     """
 
     shapes: Mapping[str, Shape]
@@ -65,6 +67,7 @@ class RequestHead:
     batch_key: Hashable
     outputs: Tuple[OutputWish, ...]
     timeout_s: Optional[float]
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class ModelInterface:
             batch_key=tuple((name, shapes[name][1:]) for name in self.inputs),
             outputs=self._wishes(outputs, parameters.get("binary_data_output") is True),
             timeout_s=timeout_s(parameters),
+            priority=priority(parameters),
         )
 
     def answer_of(self, wish: OutputWish, outputs: Arrays) -> Tuple[str, np.ndarray[Any, Any]]:

@@ -177,7 +177,7 @@ class InferenceRoutes:
 
 
 def _respond_error(connection: Connection, error: ProtocolError) -> None:
-    headers = b"Retry-After: 1\r\n" if error.status == 503 else b""
+    headers = b"Retry-After: %d\r\n" % error.retry_after_s if error.status == 503 else b""
     connection.respond(error.status, [error_body(error.message)], JSON, headers)
 
 

@@ -26,6 +26,7 @@ from typing import (
 
 from device_agent import __version__
 from device_agent.batching.job import DeadlineExceeded, Job, QueueFull
+from device_agent.batching.settings import document
 from device_agent.config import Config
 from device_agent.engines.base import InputError
 from device_agent.metrics import Metrics
@@ -113,15 +114,16 @@ class InferenceService:
             A function that forgets the request, for a client that is gone.
 
         Raises:
-            ProtocolError: 503: the queue is full, or the request cannot start within its timeout.
+            ProtocolError: 503: the queue is full, or the request cannot be answered in time.
         """
         head = request.head
-        job = Job(request.inputs, head.rows, head.batch_key, on_done, head.timeout_s)
+        job = Job(request.inputs, head.rows, head.batch_key, on_done, head.timeout_s, head.priority)
         name = model.interface.name
         try:
             model.loaded.batcher.submit(job)
-        except QueueFull:
-            raise ProtocolError(503, f"model '{name}' has as many requests waiting as it may") from None
+        except QueueFull as error:
+            message = f"model '{name}' has as many requests waiting as it may"
+            raise ProtocolError(503, message, error.retry_after_s) from None
         except DeadlineExceeded as error:
             raise _job_error(name, error) from None
         return partial(model.loaded.batcher.cancel, job)
@@ -162,8 +164,8 @@ class InferenceService:
         model = self.find(name, version)
         if model.loaded.config is not None:
             return dict(model.loaded.config)
-        delay_us = self._config.batching.max_queue_delay_us
-        return model_config(model.interface, model.loaded.engine.runtime, model.loaded.batchable, delay_us)
+        batching = document(model.loaded.batcher.settings.batching) if model.loaded.batchable else None
+        return model_config(model.interface, model.loaded.engine.runtime, batching)
 
     def statistics(self, name: Optional[str] = None, version: Optional[str] = None) -> Dict[str, Any]:
         """Statistics of one model's versions, or of all where ``name`` is None; ProtocolError 404."""
@@ -211,7 +213,8 @@ def _job_error(name: str, error: Optional[Exception]) -> ProtocolError:
     if isinstance(error, InputError):
         return ProtocolError(400, str(error))
     if isinstance(error, DeadlineExceeded):
-        return ProtocolError(503, "the request cannot run within its timeout")
+        message = "the request cannot be answered in time: within its timeout, or the model's objective"
+        return ProtocolError(503, message, error.retry_after_s)
     _log.error("model %s failed: %s", name, error)
     return ProtocolError(500, f"model '{name}' failed: {error}")
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, Hashable, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import pytest
@@ -19,142 +18,10 @@ from device_agent.batching.batcher import (
     QueueFull,
 )
 from device_agent.batching.latency import LatencyModel
-from device_agent.batching.policy import PolicySettings, decide, earliest_start_s
+from device_agent.batching.settings import Batching
 from device_agent.engines.base import Arrays, EngineError
 from device_agent.manifest import TensorSpec
 from device_agent.metrics import ModelMetrics
-
-# The policy
-
-
-@dataclass(frozen=True)
-class Item:
-    """A waiting request, as the policy sees it."""
-
-    rows: int
-    batch_key: Hashable = "k"
-    arrived_s: float = 0.0
-
-
-def unknown(rows: int) -> Optional[float]:
-    return None
-
-
-def affine(fixed_s: float, per_row_s: float) -> Callable[[int], Optional[float]]:
-    return lambda rows: fixed_s + per_row_s * rows
-
-
-items = st.builds(
-    Item,
-    rows=st.integers(1, 8),
-    batch_key=st.sampled_from("abc"),
-    arrived_s=st.floats(0, 1, allow_nan=False),
-)
-queues = st.lists(items, max_size=20).map(lambda q: sorted(q, key=lambda item: item.arrived_s))
-models = st.one_of(
-    st.just(unknown),
-    st.builds(affine, st.floats(0, 0.1), st.floats(1e-6, 0.1)),
-)
-limits = st.builds(PolicySettings, max_batch_size=st.integers(8, 32), max_queue_delay_s=st.floats(0, 0.5))
-
-
-@given(queues, st.floats(1, 3), models, limits)
-def test_a_busy_engine_is_left_alone(
-    queue: List[Item], now_s: float, model: Any, settings: PolicySettings
-) -> None:
-    """Nothing is decided while a batch runs; the end of the batch asks again."""
-    decision = decide(queue, now_s, True, model, settings)
-    assert decision.take == ()
-    assert decision.wake_at_s is None
-
-
-@given(queues, st.floats(1, 3), models, limits)
-def test_a_batch_is_within_its_limits_and_of_one_kind(
-    queue: List[Item], now_s: float, model: Any, settings: PolicySettings
-) -> None:
-    """A batch never exceeds max_batch_size nor mixes shapes, and holds each request once."""
-    taken = decide(queue, now_s, False, model, settings).take
-    assert list(taken) == sorted(set(taken))
-    assert sum(queue[i].rows for i in taken) <= settings.max_batch_size
-    assert len({queue[i].batch_key for i in taken}) <= 1
-
-
-@given(queues, st.floats(1, 3), models, limits)
-def test_the_oldest_request_is_in_every_batch(
-    queue: List[Item], now_s: float, model: Any, settings: PolicySettings
-) -> None:
-    """No request starves: whenever a batch starts, the one that waited longest is in it."""
-    taken = decide(queue, now_s, False, model, settings).take
-    assert not taken or taken[0] == 0
-
-
-@given(queues.filter(bool), st.floats(1, 3), models, st.integers(8, 32))
-def test_an_idle_engine_never_waits_unless_it_is_told_to(
-    queue: List[Item], now_s: float, model: Any, max_batch_size: int
-) -> None:
-    """Without a queue delay, waiting requests start at once."""
-    assert decide(queue, now_s, False, model, PolicySettings(max_batch_size)).take
-
-
-@given(queues.filter(bool), st.floats(1, 3), models, limits)
-def test_a_queue_delay_ends(queue: List[Item], now_s: float, model: Any, settings: PolicySettings) -> None:
-    """Either a batch starts now, or there is a time to ask again at which it does start."""
-    decision = decide(queue, now_s, False, model, settings)
-    if not decision.take:
-        assert decision.wake_at_s is not None
-        assert now_s < decision.wake_at_s <= queue[0].arrived_s + settings.max_queue_delay_s
-        assert decide(queue, decision.wake_at_s, False, model, settings).take
-
-
-def test_a_full_batch_does_not_wait_for_the_delay() -> None:
-    """When no more would fit there is nothing to wait for."""
-    settings = PolicySettings(max_batch_size=4, max_queue_delay_s=10.0)
-    assert decide([Item(2), Item(2)], 0.0, False, unknown, settings).take == (0, 1)
-    assert decide([Item(2), Item(1)], 0.0, False, unknown, settings).take == ()
-    assert decide([Item(2), Item(3)], 0.0, False, unknown, settings).take == (0,)
-
-
-def test_batches_are_large_where_that_pays() -> None:
-    """With a high fixed cost, everything that waits runs together."""
-    queue = [Item(1)] * 8
-    settings = PolicySettings(max_batch_size=8)
-    assert len(decide(queue, 1.0, False, affine(10e-3, 1e-3), settings).take) == 8
-
-
-def test_batches_are_small_where_large_ones_gain_nothing() -> None:
-    """If eight rows cost eight times as much as one, the first client need not wait for the eighth."""
-    queue = [Item(1)] * 8
-    settings = PolicySettings(max_batch_size=8)
-    assert len(decide(queue, 1.0, False, affine(0.0, 50e-3), settings).take) == 1
-
-
-def test_other_shapes_are_skipped_over_not_waited_for() -> None:
-    """A request of another shape does not end the batch; it is first in a later one."""
-    queue = [Item(1, "a"), Item(1, "b"), Item(1, "a")]
-    assert decide(queue, 1.0, False, unknown, PolicySettings(8)).take == (0, 2)
-
-
-@given(queues, st.floats(1, 3), st.floats(0, 4), st.floats(1e-6, 0.1), st.floats(0, 0.1), limits)
-def test_the_earliest_start_is_a_promise_that_no_schedule_beats(
-    queue: List[Item],
-    now_s: float,
-    free_at_s: float,
-    per_row_s: float,
-    fixed_s: float,
-    settings: PolicySettings,
-) -> None:
-    """The policy itself never starts a new request before the earliest start, so no refusal is unjust."""
-    model = affine(fixed_s, per_row_s)
-    estimate_s = earliest_start_s(queue, "a", now_s, free_at_s, model, settings)
-    newcomer = Item(1, "a", now_s)
-    clock_s, waiting = max(now_s, free_at_s), [*queue, newcomer]
-    while any(item is newcomer for item in waiting):
-        taken = decide(waiting, clock_s + 10.0, False, model, settings).take
-        start_s = clock_s
-        clock_s += model(sum(waiting[i].rows for i in taken)) or 0.0
-        waiting = [item for i, item in enumerate(waiting) if i not in taken]
-    assert now_s <= estimate_s <= start_s + 1e-9
-
 
 # The learned latency
 
@@ -244,10 +111,10 @@ class StandInEngine:
 class Bench:
     """A batcher on a stand-in engine, and what it answered."""
 
-    def __init__(self, max_batch_size: int = 8, max_queue_size: int = 100, delay_s: float = 0.0) -> None:
+    def __init__(self, max_batch_size: int = 8, max_queue_size: int = 100, **batching: Any) -> None:
         self.engine = StandInEngine()
         self.metrics = ModelMetrics()
-        settings = BatcherSettings(PolicySettings(max_batch_size, delay_s), max_queue_size)
+        settings = BatcherSettings(max_batch_size, max_queue_size, Batching(**batching))
         self.batcher = Batcher(self.engine, settings, self.metrics)
         self.answers: Dict[float, Any] = {}
 
@@ -264,7 +131,7 @@ class Bench:
 
     async def until_running(self) -> None:
         """Wait until the engine has taken what waits."""
-        while not self.batcher._busy:
+        while not self.batcher._scheduler.busy:
             await asyncio.sleep(0.001)
 
     async def finish(self) -> None:
@@ -404,7 +271,7 @@ def test_a_request_that_cannot_start_in_time_is_refused_at_once() -> None:
 
     bench = run(scenario, max_batch_size=1)
     assert sorted(bench.answers) == [1.0, 3.0, 1000.0]
-    assert bench.metrics.deadline_missed == 1
+    assert bench.metrics.refused == 1
 
 
 def test_requests_of_different_shapes_do_not_share_a_run() -> None:
@@ -428,7 +295,9 @@ def test_a_queue_delay_gathers_company_for_an_idle_engine() -> None:
         bench.submit(2.0)
         bench.submit(3.0)
 
-    assert run(scenario, max_batch_size=3, delay_s=30.0).engine.batches == [[1.0, 2.0, 3.0]]
+    assert run(scenario, max_batch_size=3, max_queue_delay_microseconds=30_000_000).engine.batches == [
+        [1.0, 2.0, 3.0]
+    ]
 
 
 def test_a_delay_that_ends_without_company_runs_the_lone_request() -> None:
@@ -437,7 +306,7 @@ def test_a_delay_that_ends_without_company_runs_the_lone_request() -> None:
     async def scenario(bench: Bench) -> None:
         bench.submit(1.0)
 
-    assert run(scenario, delay_s=0.01).answers == {1.0: [2.0]}
+    assert run(scenario, max_queue_delay_microseconds=10_000).answers == {1.0: [2.0]}
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.booleans(), st.booleans()), min_size=1, max_size=12))

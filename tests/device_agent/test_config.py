@@ -24,7 +24,7 @@ def test_the_documented_defaults_are_the_defaults() -> None:
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
     block = text.partition("These are the defaults:\n")[2].partition("\nSettings of one model")[0]
     documented = textwrap.dedent(block)
-    assert "max_queue_delay_us" in documented
+    assert "concurrent_runs" in documented
     assert config.parse(documented, "docs/serving.md") == config.Config()
 
 
@@ -33,14 +33,14 @@ def test_a_file_overrides_what_it_names_and_nothing_else(tmp_path: Path) -> None
     path = tmp_path / "agent.toml"
     path.write_text(
         'state_dir = "/data/models"\nthreads = 2\nallow_unsigned = true\n'
-        "[limits]\nmax_queue_size = 7\nidle_timeout_s = 3\n[batching]\nmax_queue_delay_us = 500\n"
+        "[limits]\nmax_queue_size = 7\nidle_timeout_s = 3\n[batching]\nmax_queue_delay_microseconds = 500\n"
     )
     loaded = config.load(path)
     assert loaded.state_dir == Path("/data/models")
     assert (loaded.threads, loaded.allow_unsigned) == (2, True)
     assert (loaded.limits.max_queue_size, loaded.limits.idle_timeout_s) == (7, 3.0)
     assert loaded.limits.max_body_bytes == config.Limits().max_body_bytes
-    assert loaded.batching.max_queue_delay_us == 500
+    assert loaded.batching.max_queue_delay_microseconds == 500
 
 
 def test_a_model_has_settings_of_its_own() -> None:
@@ -50,9 +50,40 @@ def test_a_model_has_settings_of_its_own() -> None:
     assert loaded.of_model("other") == config.ModelConfig()
 
 
+def test_a_model_is_batched_as_triton_users_write_it() -> None:
+    """Triton's fields are read in the table of a model, with a policy for each priority level."""
+    loaded = config.parse(
+        "[models.detector]\nslo_ms = 50\nweight = 2\n"
+        "[models.detector.batching]\npreferred_batch_size = [4, 8]\nmax_queue_delay_microseconds = 100\n"
+        "priority_levels = 2\ndefault_priority_level = 2\n"
+        "[models.detector.batching.default_queue_policy]\nmax_queue_size = 3\n"
+        "[models.detector.batching.priority_queue_policy.1]\ntimeout_action = 'DELAY'\n",
+        "agent.toml",
+    )
+    model = loaded.of_model("detector")
+    assert (model.slo_ms, model.weight) == (50.0, 2.0)
+    assert model.batching is not None
+    assert model.batching.preferred_batch_size == (4, 8)
+    assert [model.batching.level(asked) for asked in (0, 1, 2, 3)] == [2, 1, 2, 2]
+    assert model.batching.policy(2).max_queue_size == 3
+    assert model.batching.policy(1).timeout_action == "DELAY"
+    assert loaded.of_model("other").batching is None
+
+
 @pytest.mark.parametrize(
     ("text", "why", "fix"),
     [
+        ("[models.a]\nweight = 0", "'models.a.weight' is 0", "above zero"),
+        ("[models.a]\nslo_ms = -1", "'models.a.slo_ms' is -1", "zero or more"),
+        ("[batching]\npreferred_batch_size = 4", "'batching.preferred_batch_size' is 4", "a list"),
+        ("[batching]\npreferred_batch_size = [0]", "'batching.preferred_batch_size'", "above zero"),
+        ("[batching]\npriority_levels = 2", "'batching.default_priority_level'", "from 1 to priority_levels"),
+        ("[batching.priority_queue_policy.x]", "'batching.priority_queue_policy.x'", "a whole number"),
+        (
+            "[batching.default_queue_policy]\ntimeout_action = 'WAIT'",
+            "'batching.default_queue_policy.timeout_action'",
+            "'REJECT' or 'DELAY'",
+        ),
         ("models = 1", "'models' is 1", "a table"),
         ("[models]\ndetector = 1", "'models.detector' is 1", "a table"),
         ("[models.detector]\ncpu = '0'", "'models.detector.cpu' is unknown", "'models.detector.cpus'"),

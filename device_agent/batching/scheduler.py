@@ -1,0 +1,263 @@
+"""What one model's engine should do next: queue, forecasts and what was learned, without clock or loop.
+
+Every method is told the time. So a simulation runs the same code as the agent; the agent's shell around it is
+:mod:`device_agent.batching.batcher`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Callable, Dict, List, Optional, Sequence
+
+from device_agent.batching.job import DeadlineExceeded, Job, QueueFull
+from device_agent.batching.latency import LatencyModel
+from device_agent.batching.policy import (
+    Decision,
+    Learned,
+    PolicySettings,
+    clearing_s,
+    decide,
+    saved_s,
+    steady_size,
+)
+from device_agent.batching.queue import STARVED_AFTER, JobQueue, is_timed
+from device_agent.batching.returns import NOBODY, Returns
+from device_agent.batching.settings import DELAY, Batching
+from device_agent.batching.smoothed import Smoothed
+
+INLINE_BELOW_S = 60e-6  # about what handing a batch to a thread and back costs
+_HANDOVER_S = 100e-6
+_INLINE_HANDOVER_S = 20e-6
+_PLANNED_FRACTION = 0.9  # of the objective; reading, answering and the way to the client take the rest
+_MIN_GAIN_S = 200e-6  # a loop's timers are not much finer, and clients need as long to come back
+_REFRESH_RUNS = 8
+_LONE = Decision(take=(0,))
+
+
+@dataclass(frozen=True)
+class BatcherSettings:
+    """Limits of one model.
+
+    Attributes:
+        max_batch_size: most rows in one run; 1 runs every request alone.
+        max_queue_size: requests of one level that may wait, where ``batching`` does not say.
+        batching: what the user says of batching.
+        slo_s: within which a request should be answered; one that cannot be is refused. None: no objective.
+        weight: the model's share of the engine, relative to the others'.
+        inline_below_s: batches that are shorter run on the event loop.
+    """
+
+    max_batch_size: int
+    max_queue_size: int = 256
+    batching: Batching = field(default_factory=Batching)
+    slo_s: Optional[float] = None
+    weight: float = 1.0
+    inline_below_s: float = INLINE_BELOW_S
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to do now.
+
+    Attributes:
+        batch: jobs to run together; empty: none.
+        late: jobs that can no longer be answered in time, with their ``error`` set.
+        wake_at_s: when to ask again, if nothing else happens before; None: at the next event.
+    """
+
+    batch: List[Job]
+    late: List[Job]
+    wake_at_s: Optional[float] = None
+
+
+class Scheduler:
+    """Queue and policy of one engine that runs one batch at a time.
+
+    Attributes:
+        latency: what a batch costs; learned.
+        queue: what waits.
+        busy: whether a batch runs.
+    """
+
+    def __init__(self, settings: BatcherSettings) -> None:
+        delay_us = settings.batching.max_queue_delay_microseconds
+        self.latency = LatencyModel()
+        self.queue = JobQueue()
+        self.busy = False
+        self._settings = settings
+        self._policy = PolicySettings(
+            settings.max_batch_size,
+            None if delay_us is None else delay_us / 1e6,
+            settings.batching.preferred_batch_size,
+        )
+        self._waits_for_returns = delay_us is None and settings.max_batch_size > 1
+        self._returns = Returns()
+        self._free_at_s = 0.0  # when the running batch should end
+        self._finished_s: Optional[float] = None  # when the last one did, with others waiting
+        self._between_s = Smoothed(_HANDOVER_S, memory=64)  # from one batch to the next
+        self._error: Dict[int, Smoothed] = {}  # actual over forecast time in the queue, by level
+        self._runs = 0
+        self._steady_size = settings.max_batch_size
+        self._horizon_s = 0.0  # a return later than this is not worth waiting for
+
+    # A request comes
+
+    def admit(self, job: Job, now_s: float) -> None:
+        """Queue a job.
+
+        Raises:
+            QueueFull: the queue of its level is at its limit.
+            DeadlineExceeded: the job cannot be answered in time, by all that was learned.
+        """
+        batching = self._settings.batching
+        job.level = batching.level(job.priority)
+        job.arrived_s = now_s
+        policy = batching.policy(job.level)
+        if self.queue.waiting(job.level) >= (policy.max_queue_size or self._settings.max_queue_size):
+            raise QueueFull(self._wait_s(job, now_s))
+        if self._horizon_s:
+            self._returns.arrived(now_s, self._horizon_s)
+        timeout_s = policy.timeout_s(job.timeout_s)
+        if timeout_s is not None:
+            job.start_by_s = now_s + timeout_s
+        if self._settings.slo_s is not None:
+            job.finish_by_s = now_s + _PLANNED_FRACTION * self._settings.slo_s
+        if is_timed(job):
+            self._check_forecast(job, now_s)
+        self.queue.add(job)
+
+    def remove(self, job: Job) -> bool:
+        """Forget a job; whether it was still waiting."""
+        if job not in self.queue.jobs:
+            return False
+        self.queue.take([self.queue.jobs.index(job)])
+        return True
+
+    # The engine is free
+
+    def next(
+        self, now_s: float, may_run: Callable[[Optional[float]], bool] = lambda expected_s: True
+    ) -> Step:
+        """Choose what runs now.
+
+        Args:
+            now_s: the clock.
+            may_run: asked before a batch that should take so long is taken from the queue; where it answers
+                no, the batch stays there.
+        """
+        if self.busy:
+            return Step([], [])
+        late = self._take_late(now_s) if self.queue.timed else []
+        if not self.queue.jobs:
+            return Step([], late)
+        decision = self._decide(now_s)
+        if not decision.take or not may_run(self.expected_s([self.queue.jobs[i] for i in decision.take])):
+            return Step([], late, decision.wake_at_s)
+        return Step(self.queue.take(decision.take), late)
+
+    def _decide(self, now_s: float) -> Decision:
+        learned = self._learned(now_s)
+        if len(self.queue.jobs) == 1 and learned.company is NOBODY and not self._policy.max_queue_delay_s:
+            return _LONE
+        return decide(self.queue.jobs, now_s, False, learned, self._policy, self.queue.leader())
+
+    def started(self, batch: Sequence[Job], now_s: float) -> None:
+        """A batch of :meth:`next` starts now."""
+        self.busy = True
+        self.queue.ran(batch)
+        expected_s = self.latency.predict(sum(job.rows for job in batch)) or 0.0
+        self._free_at_s = now_s + expected_s
+        if self._finished_s is not None:
+            self._between_s.add(now_s - self._finished_s)
+        for job in batch:
+            if job.forecast_s > expected_s:
+                self._learn_error(job, now_s)
+
+    def finished(self, batch: Sequence[Job], now_s: float) -> None:
+        """A batch has ended; ``started_s`` and ``finished_s`` of its jobs are set."""
+        self.busy = False
+        first = batch[0]
+        if first.error is None:
+            self.latency.observe(first.batch_rows, first.finished_s - first.started_s)
+        if self._runs % _REFRESH_RUNS == 0:
+            self._refresh()
+        self._runs += 1
+        self._finished_s = now_s if self.queue.jobs else None
+        if self._horizon_s:
+            self._returns.answered([job.rows for job in batch], now_s)
+
+    def expected_s(self, batch: Sequence[Job]) -> Optional[float]:
+        """How long a batch should run; None: not known yet."""
+        return self.latency.predict(sum(job.rows for job in batch))
+
+    # Learned
+
+    def _learned(self, now_s: float) -> Learned:
+        company = self._returns.company(now_s, self._horizon_s) if self._horizon_s else NOBODY
+        return Learned(self.latency.predict, self._handover_s(), company)
+
+    def _handover_s(self) -> float:
+        one_s = self.latency.predict(1)
+        inline = one_s is not None and one_s < self._settings.inline_below_s
+        return _INLINE_HANDOVER_S if inline else _HANDOVER_S
+
+    def _refresh(self) -> None:
+        """What changes slowly is not worked out for every request."""
+        learned = Learned(self.latency.predict, self._handover_s())
+        self._steady_size = steady_size(learned, self._settings.max_batch_size)
+        if self._waits_for_returns and self._steady_size > 1:
+            gain_s = saved_s(1, 1, learned, self._steady_size)
+            self._horizon_s = gain_s if gain_s >= _MIN_GAIN_S else 0.0
+        else:
+            self._horizon_s = 0.0
+
+    def _learn_error(self, job: Job, now_s: float) -> None:
+        error = self._error.setdefault(job.level, Smoothed(1.0, memory=64))
+        error.add(min(10.0, (now_s - job.arrived_s) / job.forecast_s))
+
+    # Forecasts
+
+    def _check_forecast(self, job: Job, now_s: float) -> None:
+        if self.latency.predict(job.rows) is None:
+            return
+        wait_s = self._wait_s(job, now_s)
+        size = min(self._steady_size, self.queue.rows_ahead(job) + job.rows)
+        answer_s = now_s + wait_s + (self.latency.predict(max(size, job.rows)) or 0.0)
+        if now_s + wait_s > job.start_by_s or answer_s > job.finish_by_s:
+            raise DeadlineExceeded(max(now_s + wait_s - job.start_by_s, answer_s - job.finish_by_s))
+
+    def _wait_s(self, job: Job, now_s: float) -> float:
+        """How long a job that comes now will wait, as it usually turns out, and a little more."""
+        free_s = max(0.0, self._free_at_s - now_s) if self.busy else 0.0
+        ahead = self.queue.rows_ahead(job)
+        batches = math.ceil(max(0, ahead + job.rows - self._steady_size) / self._steady_size)
+        each = Learned(self.latency.predict, self._between_s.mean)
+        turn_s = clearing_s(self._steady_size, self._steady_size, each)
+        job.forecast_s = free_s + (self._between_s.mean if ahead or self.busy else 0.0) + batches * turn_s
+        error = self._error.get(job.level)
+        wait_s = job.forecast_s * (max(1.0, error.mean + error.deviation) if error else 1.0)
+        # A level that is passed over has its turn at the latest then, however much is ahead of it.
+        turns = self.queue.turns_until_led(job.level) + self.queue.waiting(job.level) * STARVED_AFTER
+        return min(wait_s, free_s + (1 + turns) * turn_s) if job.level > 1 else wait_s
+
+    def _take_late(self, now_s: float) -> List[Job]:
+        """Take out who cannot be answered in time any more; those that are only delayed go back."""
+        crowded = self.queue.rows > self._steady_size
+        run_s = (self.latency.predict(self._steady_size) or 0.0) if crowded else 0.0
+        late = self.queue.take([
+            i
+            for i, job in enumerate(self.queue.jobs)
+            if now_s > job.start_by_s
+            or now_s + max(run_s, self.latency.predict(job.rows) or 0.0) > job.finish_by_s
+        ])  # fmt: skip
+        return [job for job in late if not self._delays(job)]
+
+    def _delays(self, job: Job) -> bool:
+        if self._settings.batching.policy(job.level).timeout_action != DELAY:
+            job.error = DeadlineExceeded()
+            return False
+        job.delayed = True
+        job.start_by_s = job.finish_by_s = math.inf
+        self.queue.add(job)
+        return True
