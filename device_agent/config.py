@@ -15,6 +15,11 @@ mistake never silently leaves a default in place.
     unix = ""                         # a Unix-domain socket beside the port; empty: none
     unix_mode = 0o660
 
+    [grpc]
+    enabled = false                   # needs the package grpcio
+    host = "127.0.0.1"
+    port = 8001
+
     [metrics]
     host = "127.0.0.1"
     port = 8002
@@ -75,6 +80,17 @@ class HttpAddress(Address):
 
     unix: str = ""
     unix_mode: int = 0o660
+
+
+@dataclass(frozen=True)
+class GrpcAddress(Address):
+    """Where inference is served over gRPC.
+
+    Attributes:
+        enabled: whether it is at all. It needs the package ``grpcio``, and some 15 MB of memory.
+    """
+
+    enabled: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +156,7 @@ class Config:
         allow_unsigned: serve bundles without a signature; for development only.
         control_socket: the Unix socket of ``install``, ``activate`` and their kin.
         http: where the Open Inference Protocol is served.
+        grpc: where it is served over gRPC.
         metrics: where ``/metrics`` and the status page are served.
         threads: threads that one inference may use; 0: as many as the machine has cores.
         batching: how requests are put together.
@@ -152,6 +169,7 @@ class Config:
     allow_unsigned: bool = False
     control_socket: Path = Path("/run/edgekit-agent/control.sock")
     http: HttpAddress = HttpAddress(port=8000)
+    grpc: GrpcAddress = GrpcAddress(port=8001)
     metrics: Address = Address(port=8002)
     limits: Limits = field(default_factory=Limits)
     batching: Batching = field(default_factory=Batching)
@@ -208,6 +226,7 @@ def _check(config: Config, source: str) -> None:
     _check_address(config.http, "http", source)
     if not 0 <= config.http.unix_mode <= 0o777:
         raise _wrong_type("http.unix_mode", "permissions such as 0o660", config.http.unix_mode, source)
+    _check_address(config.grpc, "grpc", source)
     _check_address(config.metrics, "metrics", source)
     limits = config.limits
     positive = {f"limits.{f.name}": getattr(limits, f.name) for f in fields(limits)}

@@ -9,7 +9,7 @@ import signal
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, Optional
+from typing import TYPE_CHECKING, Any, List, Optional, Protocol
 
 from device_agent.config import Address, Config
 from device_agent.errors import Missing
@@ -26,16 +26,27 @@ from device_agent.store import Store
 
 if TYPE_CHECKING:
     from device_agent.repository.repository import Repository, RepositorySettings
+    from device_agent.server.grpc_server import GrpcServer
 
 _log = logging.getLogger(__name__)
+
+
+class Server(Protocol):
+    """A listener, whichever protocol it speaks."""
+
+    async def start(self, address: Address) -> str:
+        """Listen; return the address as bound. Raises OSError."""
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Stop accepting, answer what was accepted, close; return whether that was done in time."""
 
 
 def run(config: Config, repository: Optional[RepositorySettings] = None) -> int:
     """Serve until SIGTERM or SIGINT.
 
     Every model that the store has active is loaded first, then those of the repository. When all doors are
-    open, one line is logged: ``listening http=HOST:PORT metrics=HOST:PORT control=PATH`` and, where there is
-    a Unix-domain socket, ``unix=PATH``.
+    open, one line is logged: ``listening http=HOST:PORT metrics=HOST:PORT control=PATH`` and, where they are
+    switched on, ``unix=PATH`` and ``grpc=HOST:PORT``.
 
     Args:
         config: the settings.
@@ -77,19 +88,21 @@ async def _serve(config: Config, store: Store, settings: Optional[RepositorySett
     metrics_address = await _listen(status, config.metrics)
     if config.http.unix:
         await http.start_unix(Path(config.http.unix), config.http.unix_mode)
+    grpc = _open_grpc(service, config) if config.grpc.enabled else None
+    grpc_address = await _listen(grpc, config.grpc) if grpc is not None else ""
     await loop.run_in_executor(None, lifecycle.restore)
     if repository is not None:
         await repository.start()
     control_server = await control.start(config.control_socket, lifecycle)
     service.ready = True
-    unix = f" unix={config.http.unix}" if config.http.unix else ""
-    _log.info(
-        "listening http=%s metrics=%s control=%s%s",
-        http_address,
-        metrics_address,
-        config.control_socket,
-        unix,
-    )
+    doors = {
+        "http": http_address,
+        "metrics": metrics_address,
+        "control": str(config.control_socket),
+        "unix": config.http.unix,
+        "grpc": grpc_address,
+    }
+    _log.info("listening %s", " ".join(f"{door}={where}" for door, where in doors.items() if where))
     _notify_service_manager("READY=1")
 
     await stop.wait()
@@ -97,7 +110,9 @@ async def _serve(config: Config, store: Store, settings: Optional[RepositorySett
     _log.info("stopping: finishing accepted requests")
     service.ready = False
     control_server.close()
-    complete = await http.drain(config.limits.drain_timeout_s)
+    servers: List[Server] = [http] if grpc is None else [http, grpc]
+    drained = await asyncio.gather(*(each.drain(config.limits.drain_timeout_s) for each in servers))
+    complete = all(drained)
     await status.drain(1.0)
     await loop.run_in_executor(None, lifecycle.close)  # an update that runs is finished first
     await _retire_all(models)
@@ -122,7 +137,19 @@ async def _retire_all(models: Models) -> None:
         await asyncio.wait_for(asyncio.gather(*retiring), timeout=1.0)
 
 
-async def _listen(server: HttpServer, address: Address) -> str:
+def _open_grpc(service: InferenceService, config: Config) -> GrpcServer:
+    try:
+        from device_agent.server.grpc_server import GrpcServer  # megabytes, and a tenth of a second
+    except ImportError as error:
+        raise Missing(
+            "gRPC cannot be served",
+            str(error),
+            "install edgekit-agent[grpc], or set enabled = false under [grpc] in agent.toml",
+        ) from error
+    return GrpcServer(service, config.limits)
+
+
+async def _listen(server: Server, address: Address) -> str:
     try:
         return await server.start(address)
     except OSError as error:

@@ -1,0 +1,196 @@
+"""The gRPC listener: ``inference.GRPCInferenceService``, imported only where it is switched on."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+from functools import partial
+from typing import Any, Callable, Dict, Mapping, Tuple
+
+import grpc
+import grpc.aio
+
+from device_agent.config import Address, Limits
+from device_agent.server.fields import ProtocolError
+from device_agent.server.grpc_inference import GrpcInference
+from device_agent.server.grpc_messages import SCHEMA
+from device_agent.server.grpc_status import abort
+from device_agent.server.service import INTERNAL_ERROR, InferenceService
+from device_agent.server.wire import WireError
+
+SERVICE = "inference.GRPCInferenceService"
+
+_DRAIN_GRACE_S = 0.25  # requests that are already on their way on a stream get their answers
+_FILE_PREFIX = "file:"
+
+Values = Mapping[str, Any]
+# The kinds of request and response, and what makes one of the other.
+Call = Tuple[str, str, Callable[[Values], Any]]
+
+_log = logging.getLogger(__name__)
+
+
+class GrpcServer:
+    """A listener for gRPC."""
+
+    def __init__(self, service: InferenceService, limits: Limits) -> None:
+        """Create a server that does not listen yet; call it on the event loop.
+
+        Args:
+            service: what answers.
+            limits: what a client may cost.
+        """
+        self._inference = GrpcInference(service)
+        self._server = grpc.aio.server(
+            options=_options(limits), maximum_concurrent_rpcs=limits.max_connections
+        )
+        methods = {name: _unary(call) for name, call in _calls(service).items()}
+        methods["ModelInfer"] = grpc.unary_unary_rpc_method_handler(self._inference.infer)
+        methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._inference.stream)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+
+    async def start(self, address: Address) -> str:
+        """Listen.
+
+        Returns:
+            ``host:port`` as bound.
+
+        Raises:
+            OSError: the address is taken, or not this machine's.
+        """
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        try:
+            port = self._server.add_insecure_port(f"{host}:{address.port}")
+        except RuntimeError as error:
+            raise OSError(f"gRPC cannot bind it: {error}") from error
+        await self._server.start()
+        return f"{host}:{port}"
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Accept nothing new (GOAWAY), answer what was accepted, close.
+
+        Returns:
+            Whether every accepted request was answered in time.
+        """
+        started_s = time.monotonic()
+        asyncio.get_running_loop().call_later(_DRAIN_GRACE_S, self._inference.end_streams)
+        await self._server.stop(timeout_s)
+        return time.monotonic() - started_s < timeout_s
+
+
+def _options(limits: Limits) -> Tuple[Tuple[str, int], ...]:
+    return (
+        ("grpc.max_receive_message_length", limits.max_body_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_connection_idle_ms", round(limits.idle_timeout_s * 1e3)),
+        ("grpc.server_handshake_timeout_ms", round(limits.header_timeout_s * 1e3)),
+        ("grpc.so_reuseport", 0),  # else a second agent would take the port too, and half of the requests
+    )
+
+
+def _unary(call: Call) -> Any:
+    return grpc.unary_unary_rpc_method_handler(partial(_answer, call))
+
+
+async def _answer(call: Call, message: bytes, context: Any) -> bytes:
+    request_kind, response_kind, function = call
+    try:
+        values = function(SCHEMA.decode(request_kind, memoryview(message)))
+        if inspect.isawaitable(values):
+            values = await values
+        return SCHEMA.encode(response_kind, values or {})
+    except WireError as error:
+        failure = ProtocolError(400, f"the request is not a {request_kind}: {error}")
+    except ProtocolError as error:
+        failure = error
+    except Exception:
+        _log.exception("a %s failed", request_kind)
+        failure = ProtocolError(500, INTERNAL_ERROR)
+    await abort(context, failure)
+
+
+def _calls(service: InferenceService) -> Dict[str, Call]:
+    """Every call but those of inference, by name."""
+    regions = service.regions
+    return {
+        "ServerLive": ("Empty", "ServerLiveResponse", lambda _: {"live": True}),
+        "ServerReady": ("Empty", "ServerReadyResponse", lambda _: {"ready": service.ready}),
+        "ServerMetadata": ("Empty", "ServerMetadataResponse", lambda _: service.server_metadata()),
+        "ModelReady": (
+            "ModelReadyRequest",
+            "ModelReadyResponse",
+            lambda request: {"ready": service.model_ready(*_model_of(request))},
+        ),
+        "ModelMetadata": (
+            "ModelMetadataRequest",
+            "ModelMetadataResponse",
+            lambda request: service.model_metadata(*_model_of(request)),
+        ),
+        "ModelConfig": (
+            "ModelConfigRequest",
+            "ModelConfigResponse",
+            lambda request: {"config": service.model_config(*_model_of(request))},
+        ),
+        "ModelStatistics": (
+            "ModelStatisticsRequest",
+            "ModelStatisticsResponse",
+            lambda request: service.statistics(request.get("name") or None, request.get("version") or None),
+        ),
+        "RepositoryIndex": (
+            "RepositoryIndexRequest",
+            "RepositoryIndexResponse",
+            lambda request: {"models": service.index(request.get("ready", False))},
+        ),
+        "RepositoryModelLoad": ("RepositoryModelLoadRequest", "Empty", partial(_load, service)),
+        "RepositoryModelUnload": (
+            "RepositoryModelUnloadRequest",
+            "Empty",
+            lambda request: service.unload(request.get("model_name", "")),
+        ),
+        "SystemSharedMemoryStatus": (
+            "SystemSharedMemoryStatusRequest",
+            "SystemSharedMemoryStatusResponse",
+            lambda request: {
+                "regions": {region["name"]: region for region in regions.status(request.get("name") or None)}
+            },
+        ),
+        "SystemSharedMemoryRegister": (
+            "SystemSharedMemoryRegisterRequest",
+            "Empty",
+            lambda request: regions.register(
+                request.get("name", ""),
+                request.get("key", ""),
+                request.get("offset", 0),
+                request.get("byte_size", 0),
+            ),
+        ),
+        "SystemSharedMemoryUnregister": (
+            "SystemSharedMemoryUnregisterRequest",
+            "Empty",
+            lambda request: regions.unregister(request.get("name") or None),
+        ),
+        "CudaSharedMemoryStatus": ("Empty", "Empty", lambda _: None),
+        "CudaSharedMemoryRegister": ("Empty", "Empty", _refuse_cuda),
+        "CudaSharedMemoryUnregister": ("Empty", "Empty", lambda _: None),
+    }
+
+
+def _model_of(request: Values) -> Tuple[str, Any]:
+    return request.get("name", ""), request.get("version") or None
+
+
+async def _load(service: InferenceService, request: Values) -> None:
+    parameters = request["parameters"]
+    config = parameters.get("config", {}).get("string_param")
+    files = {
+        key[len(_FILE_PREFIX) :]: bytes(choice.get("bytes_param", b""))
+        for key, choice in parameters.items()
+        if key.startswith(_FILE_PREFIX)
+    }
+    await service.load(request.get("model_name", ""), config, files)
+
+
+def _refuse_cuda(request: Values) -> None:
+    raise ProtocolError(400, "this server has no CUDA device to share memory with")

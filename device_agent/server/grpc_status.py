@@ -1,0 +1,52 @@
+"""Errors as gRPC says them: a status code, a text, and when to come back."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, NoReturn
+
+import grpc
+
+from device_agent.server.fields import ProtocolError
+from device_agent.server.grpc_messages import SCHEMA
+
+RETRY_AFTER_S = 1
+
+# What Triton answers where it would answer with this status over HTTP.
+_CODES: Dict[int, grpc.StatusCode] = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    501: grpc.StatusCode.UNIMPLEMENTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+}
+_RETRY_INFO = "type.googleapis.com/google.rpc.RetryInfo"
+
+
+def code_of(error: ProtocolError) -> grpc.StatusCode:
+    """The status code of an error; ``INTERNAL`` for what is the server's fault."""
+    return _CODES.get(error.status, grpc.StatusCode.INTERNAL)
+
+
+async def abort(context: Any, error: ProtocolError) -> NoReturn:
+    """End a call with an error; ``UNAVAILABLE`` says when to try again.
+
+    Clients with a retry policy heed ``grpc-retry-pushback-ms`` by themselves; others find a ``RetryInfo``
+    (google.rpc, "error_details.proto") in the details of the status.
+    """
+    code = code_of(error)
+    metadata = _retry_metadata(error) if code is grpc.StatusCode.UNAVAILABLE else ()
+    await context.abort(code, error.message, metadata)
+    raise error  # not reached: abort raises
+
+
+def _retry_metadata(error: ProtocolError) -> Any:
+    value = SCHEMA.encode("RetryInfo", {"retry_delay": {"seconds": RETRY_AFTER_S}})
+    status = {
+        "code": grpc.StatusCode.UNAVAILABLE.value[0],
+        "message": error.message,
+        "details": [{"type_url": _RETRY_INFO, "value": value}],
+    }
+    return (
+        ("grpc-retry-pushback-ms", str(RETRY_AFTER_S * 1000)),
+        ("grpc-status-details-bin", SCHEMA.encode("Status", status)),
+    )
