@@ -1,19 +1,21 @@
-# make setup | demo | test | lint | bench | test-agent | fuzz: each works from a clean clone.
+# make setup | demo | test | lint | bench | test-agent | fuzz | soak: each works from a clean clone.
 #
 # PYTHON            the host's interpreter, 3.10 or newer
 # PIP_ARGS          passed to pip; where pip would fetch a CUDA build of torch, point it at PyTorch's CPU
 #                   wheels:  make demo PIP_ARGS="--extra-index-url ADDRESS"
 # FUZZ_SECONDS      how long fuzz runs each target
+# SOAK_MINUTES      how long soak runs
 # AGENT_PYTHONS     the versions that test-agent looks for
 PYTHON ?= python3
 PIP_ARGS ?=
 FUZZ_SECONDS ?= 1200
+SOAK_MINUTES ?= 10
 AGENT_PYTHONS ?= 3.8 3.9 3.10 3.11 3.12 3.13 3.14
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench test-agent fuzz clean
+.PHONY: setup demo test lint bench test-agent fuzz soak clean
 
 setup: $(STAMP)
 
@@ -42,6 +44,9 @@ test-agent:
 
 fuzz: setup
 	$(BIN)/python tests/fuzz/fuzz_run.py --seconds $(FUZZ_SECONDS)
+
+soak: setup
+	$(BIN)/python benchmarks/serving/soak.py --minutes $(SOAK_MINUTES)
 
 bench: setup
 	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)) benchmarks/serving/run.py; do \

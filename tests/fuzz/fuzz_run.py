@@ -119,7 +119,7 @@ def _child(target: str, seconds: int) -> None:
     except ImportError:
         _without_coverage(target, seconds)
         return
-    with atheris.instrument_imports(include=["device_agent", f"fuzz_{target}"]):
+    with atheris.instrument_imports(include=["device_agent"]):
         module = importlib.import_module(f"fuzz_{target}")
     corpus = _CORPUS / target
     for number, seed in enumerate(module.seeds()):
