@@ -11,16 +11,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
-from device_agent.affinity import Placement, parse_cpus, resolve
+from device_agent.affinity import ANYWHERE, Placement, parse_cpus, resolve
 from device_agent.batching.batcher import Batcher, BatcherSettings
 from device_agent.batching.cores import Shares, inline_below_s
 from device_agent.batching.settings import Batching
 from device_agent.config import Config
-from device_agent.engines import candidates, load_runtime
+from device_agent.engines import candidates, keep_up, open_as_set
 from device_agent.engines.base import Engine, EngineError, EngineSettings
+from device_agent.engines.source import EngineSource
 from device_agent.errors import Refused
 from device_agent.manifest import Manifest
 from device_agent.memory import give_back
@@ -105,6 +107,7 @@ class Models:
             size = manifest.max_batch_size if is_batchable(manifest) else 1
             batcher = self._batcher(engine, manifest, digest, size, self._config.batching)
             _warm_up(engine, batcher, directory, manifest)
+            keep_up(engine, partial(check, directory=directory, manifest=manifest))
         except BaseException:
             engine.close()
             raise
@@ -126,7 +129,8 @@ class Models:
         settings = self._engine_settings(name)
         if threads is not None and self._config.of_model(name).threads < 0:
             settings = replace(settings, threads=threads)
-        engine: Engine = load_runtime("onnxruntime").open_graph(graph, settings)
+        engine = open_as_set(EngineSource("onnxruntime", str(graph)), settings)
+        keep_up(engine, _accept_any)
         return engine
 
     def graph_batcher(
@@ -209,7 +213,12 @@ class Models:
         model = self._config.of_model(name)
         node = None if model.numa_node < 0 else model.numa_node
         placement = resolve(Placement(parse_cpus(model.cpus), node))
-        return EngineSettings(self._config.threads if model.threads < 0 else model.threads, placement)
+        return EngineSettings(
+            self._config.threads if model.threads < 0 else model.threads,
+            placement,
+            model.isolate,
+            model.run_timeout_s,
+        )
 
     def _batcher(
         self, engine: Engine, manifest: Manifest, digest: str, max_batch_size: int, batching: Batching
@@ -222,10 +231,16 @@ class Models:
             batching=model.batching or batching,
             slo_s=model.slo_ms / 1e3 or None,
             weight=model.weight,
-            inline_below_s=inline_below_s(placed, model.isolate),
+            inline_below_s=inline_below_s(placed),
+            # An isolated engine's process has its place; what is left here only waits for it.
+            placement=ANYWHERE if placed.isolate else placed.placement,
         )
         metrics = self._metrics.of_model(manifest.name, digest)
         return Batcher(engine, settings, metrics, self._shares.of(placed))
+
+
+def _accept_any(engine: Engine) -> None:
+    """A repository's model has no golden outputs: an engine process that loads it may serve."""
 
 
 def _close(engine: Engine) -> None:

@@ -60,6 +60,11 @@ class Batcher:
         """What a batch costs; learned."""
         return self._scheduler.latency
 
+    @property
+    def thread(self) -> int:
+        """The id of the model's own thread in the system; 0: it has not been needed yet."""
+        return 0 if self._thread is None else self._thread.native_id
+
     def submit(self, job: Job) -> None:
         """Queue a job.
 
@@ -162,7 +167,8 @@ class Batcher:
             self._answer(batch)
             return
         if self._thread is None:
-            self._thread = EngineThread(self._engine, asyncio.get_running_loop(), self._finish)
+            loop = asyncio.get_running_loop()
+            self._thread = EngineThread(self._engine, loop, self._finish, self.settings.placement)
         self._thread.run(batch)
 
     def _finish(self, batch: List[Job]) -> None:

@@ -36,9 +36,14 @@ def places(settings: EngineSettings) -> int:
     return max(1, cores // (settings.threads or cores))
 
 
-def inline_below_s(settings: EngineSettings, isolated: bool) -> float:
-    """Which batches of a model run on the event loop itself: those that should be shorter than this."""
-    alone = len(own_cores()) == 1 and not settings.placement.cpus and not isolated
+def inline_below_s(settings: EngineSettings) -> float:
+    """Which batches of a model run on the event loop itself: those that should be shorter than this.
+
+    None of a model with cores of its own, where the loop is not; none of one in a process that may hang.
+    """
+    if settings.isolate or settings.placement:
+        return 0.0
+    alone = len(own_cores()) == 1
     return _INLINE_ON_ONE_CORE_BELOW_S if alone else INLINE_BELOW_S
 
 

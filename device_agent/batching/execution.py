@@ -11,8 +11,10 @@ from typing import Callable, List, Optional
 
 import numpy as np
 
+from device_agent.affinity import ANYWHERE, Placement, place_thread
 from device_agent.batching.job import Arrays, Job
-from device_agent.engines.base import Engine, EngineError
+from device_agent.engines.base import Engine, EngineError, EngineUnavailable
+from device_agent.errors import Refused
 
 _log = logging.getLogger(__name__)
 
@@ -21,11 +23,16 @@ class EngineThread:
     """Runs batches in order and hands them back to the loop."""
 
     def __init__(
-        self, engine: Engine, loop: asyncio.AbstractEventLoop, on_finished: Callable[[List[Job]], None]
+        self,
+        engine: Engine,
+        loop: asyncio.AbstractEventLoop,
+        on_finished: Callable[[List[Job]], None],
+        placement: Placement = ANYWHERE,
     ) -> None:
         self._engine = engine
         self._loop = loop
         self._on_finished = on_finished
+        self._placement = placement
         self._batches: SimpleQueue[Optional[List[Job]]] = SimpleQueue()
         # A daemon: an engine that hangs must not keep a stopping agent from ending.
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -39,7 +46,16 @@ class EngineThread:
         """End the thread after the batches that it was given."""
         self._batches.put(None)
 
+    @property
+    def native_id(self) -> int:
+        """The thread's id in the system."""
+        return self._thread.native_id or 0
+
     def _serve(self) -> None:
+        try:
+            place_thread(self._placement)
+        except Refused as error:  # it could when the model was loaded; slower beats not at all
+            _log.error("the engine's thread runs anywhere: %s: %s", error.what, error.why)
         for batch in iter(self._batches.get, None):
             execute(self._engine, batch)
             try:
@@ -51,7 +67,8 @@ class EngineThread:
 def execute(engine: Engine, batch: List[Job]) -> None:
     """Run a batch and set ``outputs`` or ``error`` of every job.
 
-    A failing batch is halved until the request that fails stands alone, so the others are still answered.
+    A failing batch is halved until the request that fails stands alone, so the others are still answered;
+    but not where the engine itself is gone.
     """
     started_s = time.monotonic()
     try:
@@ -68,8 +85,9 @@ def execute(engine: Engine, batch: List[Job]) -> None:
 
 
 def _isolate(engine: Engine, batch: List[Job], error: EngineError, started_s: float) -> None:
-    if len(batch) == 1:
-        batch[0].error = error
+    if len(batch) == 1 or isinstance(error, EngineUnavailable):
+        for job in batch:
+            job.error = error
         _stamp(batch, started_s)
         return
     half = len(batch) // 2

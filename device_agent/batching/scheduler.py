@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Callable, Dict, List, Optional, Sequence
 
+from device_agent.affinity import ANYWHERE, Placement
 from device_agent.batching.job import DeadlineExceeded, Job, QueueFull
 from device_agent.batching.latency import LatencyModel
 from device_agent.batching.policy import (
@@ -46,6 +47,7 @@ class BatcherSettings:
         slo_s: within which a request should be answered; one that cannot be is refused. None: no objective.
         weight: the model's share of the engine, relative to the others'.
         inline_below_s: batches that are shorter run on the event loop.
+        placement: where the model's own thread runs.
     """
 
     max_batch_size: int
@@ -54,6 +56,7 @@ class BatcherSettings:
     slo_s: Optional[float] = None
     weight: float = 1.0
     inline_below_s: float = INLINE_BELOW_S
+    placement: Placement = ANYWHERE
 
 
 @dataclass(frozen=True)

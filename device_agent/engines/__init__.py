@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from pathlib import Path
 from types import ModuleType
-from typing import Dict, Iterator, Tuple
+from typing import Any, Callable, Dict, Iterator, Tuple
 
 from device_agent.engines.base import Engine, EngineSettings
+from device_agent.engines.source import EngineSource
 from device_agent.errors import AgentError, Missing, Refused
-from device_agent.manifest import EngineEntry, Manifest, TensorSpec
+from device_agent.manifest import Manifest, TensorSpec
 
 RUNTIMES: Dict[str, str] = {
     "onnxruntime": "device_agent.engines.onnxruntime",
@@ -70,20 +72,60 @@ def candidates(directory: Path, manifest: Manifest, settings: EngineSettings) ->
         Refused: the portable graph does not load, or its tensors are not those of the manifest.
     """
     for entry in manifest.engines:
+        source = EngineSource(entry.runtime, str(directory / entry.path), dict(entry.fingerprint))
         try:
-            runtime = load_runtime(entry.runtime)
-            _check_fingerprint(entry, runtime)
-            engine = _open(runtime, directory / entry.path, manifest, settings)
+            engine = _open(source, manifest, settings)
         except AgentError as error:
             _log.warning("engine %s of %s is passed over: %s", entry.path, manifest.name, error.what)
             continue
         yield engine
-    yield _open(load_runtime("onnxruntime"), directory / manifest.graph, manifest, settings)
+    yield _open(EngineSource("onnxruntime", str(directory / manifest.graph)), manifest, settings)
 
 
-def _check_fingerprint(entry: EngineEntry, runtime: ModuleType) -> None:
-    own = runtime.fingerprint()
-    for key, value in entry.fingerprint.items():
+def open_as_set(source: EngineSource, settings: EngineSettings) -> Engine:
+    """Load an engine where ``settings`` want it: in this process, or in one of its own.
+
+    Raises:
+        Missing, Refused: as ``open_here``.
+    """
+    if not settings.isolate:
+        return open_here(source, settings)
+    from device_agent.engines.process import ProcessEngine  # most agents never need it
+
+    return ProcessEngine(source, settings)
+
+
+def keep_up(engine: Engine, accept: Callable[[Engine], Any]) -> None:
+    """Have an isolated engine's process started again whenever it ends; any other engine has none.
+
+    Args:
+        engine: what serves.
+        accept: checks a new process before it serves; raises AgentError or EngineError where it may not.
+    """
+    if engine.process == os.getpid():
+        return
+    from device_agent.engines.process import ProcessEngine
+
+    if isinstance(engine, ProcessEngine):
+        engine.keep_up(accept)
+
+
+def open_here(source: EngineSource, settings: EngineSettings) -> Engine:
+    """Load an engine in this process.
+
+    Raises:
+        Missing: its runtime is not here.
+        Refused: it was built for another device, or does not load.
+    """
+    runtime = load_runtime(source.runtime)
+    _check_fingerprint(source, runtime)
+    engine: Engine = runtime.open_graph(Path(source.path), settings)
+    return engine
+
+
+def _check_fingerprint(source: EngineSource, runtime: ModuleType) -> None:
+    own = runtime.fingerprint() if source.fingerprint else {}
+    for key, value in source.fingerprint.items():
         if own.get(key) != value:
             raise Refused(
                 f"it was built for {key} {value}, this device has {own.get(key)}",
@@ -92,13 +134,13 @@ def _check_fingerprint(entry: EngineEntry, runtime: ModuleType) -> None:
             )
 
 
-def _open(runtime: ModuleType, path: Path, manifest: Manifest, settings: EngineSettings) -> Engine:
-    engine: Engine = runtime.open_graph(path, settings)
+def _open(source: EngineSource, manifest: Manifest, settings: EngineSettings) -> Engine:
+    engine = open_as_set(source, settings)
     difference = next(_differences(engine, manifest), None)
     if difference is not None:
         engine.close()
         raise Refused(
-            f"{path.name} is not the model of its manifest",
+            f"{Path(source.path).name} is not the model of its manifest",
             difference,
             "make the bundle again with `edgekit compress`",
         )

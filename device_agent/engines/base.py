@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, Mapping, Protocol, Tuple
+from typing import Any, Dict, FrozenSet, Mapping, Protocol, Tuple
 
 import numpy as np
 
@@ -21,6 +21,10 @@ class InputError(EngineError):
     """The inputs are to blame: the runtime cannot carry such values."""
 
 
+class EngineUnavailable(EngineError):
+    """The engine runs nothing now, whatever the inputs: its process ended and is started again."""
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """How an engine may use the machine.
@@ -28,10 +32,14 @@ class EngineSettings:
     Attributes:
         threads: threads for one run; 0: as many as ``placement`` has cores, or the machine.
         placement: the cores and the memory node that it may use.
+        isolate: whether it gets a process of its own.
+        run_timeout_s: after this an isolated engine is taken to hang.
     """
 
     threads: int = 0
     placement: Placement = ANYWHERE
+    isolate: bool = False
+    run_timeout_s: float = 30.0
 
 
 class Engine(Protocol):
@@ -46,6 +54,14 @@ class Engine(Protocol):
     inputs: Tuple[TensorSpec, ...]
     outputs: Tuple[TensorSpec, ...]
 
+    @property
+    def process(self) -> int:
+        """The id of the process that it runs in; 0 while that is started again."""
+
+    @property
+    def threads(self) -> FrozenSet[int]:
+        """Ids of the process's threads that are the engine's, but for the one that calls ``run``."""
+
     def run(self, inputs: Arrays) -> Dict[str, np.ndarray[Any, Any]]:
         """Compute every output. Called from one thread at a time.
 
@@ -57,6 +73,7 @@ class Engine(Protocol):
 
         Raises:
             InputError: the values cannot be carried by this runtime.
+            EngineUnavailable: no run is possible now; this says nothing of the inputs.
             EngineError: the run failed.
         """
 

@@ -9,14 +9,16 @@ releases let a caller fill (1.32 does, 1.19 does not); older ones refuse such a 
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Tuple, Type
+from typing import Any, Dict, FrozenSet, List, Mapping, Tuple, Type
 
 import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _binding
 
-from device_agent.affinity import Placement, placed
+from device_agent.affinity import Placement, placed, threads_of
 from device_agent.engines.base import Arrays, Engine, EngineError, EngineSettings, InputError
 from device_agent.errors import Refused
 from device_agent.manifest import TensorSpec
@@ -62,11 +64,13 @@ def open_graph(path: Path, settings: EngineSettings) -> Engine:
         Refused: ONNX Runtime does not take the file.
     """
     try:
+        before = threads_of(os.getpid())
         with placed(settings.placement):  # the session's threads inherit it
             session = onnxruntime.InferenceSession(
                 str(path), sess_options=_options(settings), providers=["CPUExecutionProvider"]
             )
-        return OnnxRuntimeEngine(session)
+        ours = {thread.native_id for thread in threading.enumerate()}
+        return OnnxRuntimeEngine(session, frozenset(threads_of(os.getpid()) - before - ours))
     except _ERRORS as error:
         raise Refused(
             f"ONNX Runtime {onnxruntime.__version__} does not load {path.name}",
@@ -103,7 +107,9 @@ class OnnxRuntimeEngine:
 
     runtime = "onnxruntime"
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any, threads: FrozenSet[int]) -> None:
+        self.process = os.getpid()
+        self.threads = threads
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
         self._session = session

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Sequence, Tuple
+from typing import Any, Dict, FrozenSet, Mapping, Sequence, Tuple
 
 import numpy as np
 
@@ -31,6 +31,16 @@ class ReshapingEngine:
         self._batched = int(config.max_batch_size > 0)
         self._inputs = [tensor for tensor in config.inputs if tensor.reshape is not None]
         self._outputs = [tensor for tensor in config.outputs if tensor.reshape is not None]
+
+    @property
+    def process(self) -> int:
+        """See :class:`device_agent.engines.base.Engine`."""
+        return self._engine.process
+
+    @property
+    def threads(self) -> FrozenSet[int]:
+        """See :class:`device_agent.engines.base.Engine`."""
+        return self._engine.threads
 
     def run(self, inputs: Arrays) -> Dict[str, np.ndarray[Any, Any]]:
         """See :meth:`device_agent.engines.base.Engine.run`."""

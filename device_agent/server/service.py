@@ -28,7 +28,7 @@ from device_agent import __version__
 from device_agent.batching.job import DeadlineExceeded, Job, QueueFull
 from device_agent.batching.settings import document
 from device_agent.config import Config
-from device_agent.engines.base import InputError
+from device_agent.engines.base import EngineUnavailable, InputError
 from device_agent.metrics import Metrics
 from device_agent.models import LoadedModel, Models
 from device_agent.server.documents import model_config, model_metadata, model_statistics
@@ -216,6 +216,8 @@ def _job_error(name: str, error: Optional[Exception]) -> ProtocolError:
         message = "the request cannot be answered in time: within its timeout, or the model's objective"
         return ProtocolError(503, message, error.retry_after_s)
     _log.error("model %s failed: %s", name, error)
+    if isinstance(error, EngineUnavailable):
+        return ProtocolError(503, f"model '{name}' cannot run now: {error}")
     return ProtocolError(500, f"model '{name}' failed: {error}")
 
 
