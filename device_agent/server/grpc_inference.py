@@ -44,10 +44,13 @@ class GrpcInference:
         self._service = service
         self._protocols: Dict[Tuple[str, str], GrpcProtocol] = {}
         self._streams: Set[_Stream] = set()
+        self._refuses = False
 
     async def infer(self, message: bytes, context: Any) -> bytes:
         """Answer one ``ModelInferRequest``."""
         try:
+            if self._refuses:
+                raise _stopping()
             return await self.submit(open_envelope(message), final=False)
         except ProtocolError as error:
             failure = error
@@ -55,12 +58,18 @@ class GrpcInference:
 
     async def stream(self, requests: Any, context: Any) -> None:
         """Answer the requests of a stream in their order; one that fails does not end it."""
+        if self._refuses:
+            await abort(context, _stopping())
         stream = _Stream(self, context)
         self._streams.add(stream)
         try:
             await stream.run()
         finally:
             self._streams.discard(stream)
+
+    def refuse(self) -> None:
+        """Take no more calls; streams that are open still may send requests."""
+        self._refuses = True
 
     def end_streams(self) -> None:
         """Read no more requests from streams; those that were read are still answered."""
@@ -118,6 +127,11 @@ class GrpcInference:
         return known
 
 
+def _stopping() -> ProtocolError:
+    """What is answered to those who come too late."""
+    return ProtocolError(503, "the agent is stopping")
+
+
 class _Stream:
     """One call of ``ModelStreamInfer``: requests are queued as they are read, and answered in that order."""
 
@@ -142,7 +156,7 @@ class _Stream:
             self._reader.cancel()
             self._forget_unanswered()
         if failure is None and self._is_ended:
-            failure = ProtocolError(503, "the agent is stopping")
+            failure = _stopping()
         if failure is not None:
             await abort(self._context, failure)
 

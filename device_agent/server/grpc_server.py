@@ -22,7 +22,7 @@ from device_agent.server.wire import WireError
 
 SERVICE = "inference.GRPCInferenceService"
 
-_DRAIN_GRACE_S = 0.25  # requests that are already on their way on a stream get their answers
+_DRAIN_GRACE_S = 0.25
 _FILE_PREFIX = "file:"
 
 Values = Mapping[str, Any]
@@ -69,14 +69,19 @@ class GrpcServer:
         return f"{host}:{port}"
 
     async def drain(self, timeout_s: float) -> bool:
-        """Accept nothing new (GOAWAY), answer what was accepted, close.
+        """Refuse what is new, answer what was accepted, close.
+
+        Calls are refused for a moment before connections are told to end (GOAWAY): gRPC drops calls that
+        arrive while that message is under way, and their clients would learn no more than "cancelled".
 
         Returns:
             Whether every accepted request was answered in time.
         """
         started_s = time.monotonic()
-        asyncio.get_running_loop().call_later(_DRAIN_GRACE_S, self._inference.end_streams)
-        await self._server.stop(timeout_s)
+        self._inference.refuse()
+        await asyncio.sleep(min(_DRAIN_GRACE_S, timeout_s))
+        self._inference.end_streams()
+        await self._server.stop(max(0.0, started_s + timeout_s - time.monotonic()))
         return time.monotonic() - started_s < timeout_s
 
 
