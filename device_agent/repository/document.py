@@ -202,7 +202,7 @@ _TEXT_BOOLS = {
 def _integer(text: str, field: Field, source: str, where: str) -> int:
     digits = text.lstrip("-")
     try:
-        is_octal = len(digits) > 1 and digits.startswith("0") and digits.isdigit()
+        is_octal = len(digits) > 1 and digits.startswith("0") and digits.isdecimal()
         value = int(text, 8) if is_octal else int(text, 0)
     except ValueError as error:
         raise _wrong(where, _expected(field), source) from error
@@ -214,7 +214,7 @@ def _integer(text: str, field: Field, source: str, where: str) -> int:
 def _enumerator(text: str, names: Tuple[str, ...], source: str, where: str) -> str:
     if text in names:
         return text
-    if text.isdigit() and int(text) < len(names):
+    if text.isdecimal() and int(text) < len(names):
         return names[int(text)]
     raise _wrong(where, "one of " + ", ".join(names), source)
 

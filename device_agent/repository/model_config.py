@@ -220,7 +220,7 @@ def _threads(model: str, parameters: Document) -> Optional[int]:
     value = parameters.get("intra_op_thread_count", {}).get("string_value")
     if value is None:
         return None
-    if not value.isdigit() or int(value) > 1024:
+    if not value.isdecimal() or int(value) > 1024:
         raise _refused(
             model, "parameters: intra_op_thread_count", f"it is '{value}'", "give a number of threads"
         )

@@ -130,7 +130,7 @@ def _queue_policy(given: Optional[Mapping[str, Any]]) -> QueuePolicy:
 
 
 def _level(config: ModelConfig, key: str) -> int:
-    if not key.isdigit():
+    if not key.isdecimal():
         raise _wrong(config, f"priority_queue_policy.{key}", "for a level above zero")
     return int(key)
 
