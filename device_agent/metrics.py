@@ -1,13 +1,13 @@
-"""What the agent counts, and its Prometheus form.
+"""What the agent counts. Plain integer arithmetic, since it is on the path of every request.
 
-Counting is on the path of every request, so it is plain integer arithmetic here; ``prometheus_client`` is
-imported when somebody scrapes, and only formats.
+Its Prometheus form is in :mod:`device_agent.metrics_page`.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Sequence, Tuple
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 if TYPE_CHECKING:
     from device_agent.batching.job import Job
@@ -51,11 +51,40 @@ class Histogram:
         return buckets
 
 
+@dataclass(frozen=True)
+class Totals:
+    """Sums since the start, as Triton counts them.
+
+    Attributes:
+        success: answered requests.
+        rejected: requests turned away, or whose timeout passed while they waited.
+        cancelled: requests whose client went away.
+        failed: requests that the engine could not run.
+        rows: rows of answered requests.
+        executions: runs of the engine.
+        request_s, queue_s, compute_s: time of answered requests.
+    """
+
+    success: int = 0
+    rejected: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    rows: int = 0
+    executions: int = 0
+    request_s: float = 0.0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*(mine + its for mine, its in zip(astuple(self), astuple(other))))
+
+
 class ModelMetrics:
     """Counters of one model version.
 
     Attributes:
         version: the version as the protocol writes it; empty before it serves.
+        earlier: of other files that served as the same version and are no longer counted apart.
         queue_seconds, compute_seconds, total_seconds: of answered requests.
         batch_rows: size of each executed batch.
         queue_depth: requests waiting now.
@@ -69,6 +98,7 @@ class ModelMetrics:
 
     def __init__(self) -> None:
         self.version = ""
+        self.earlier = Totals()
         self.queue_seconds = Histogram(SECONDS_BOUNDS)
         self.compute_seconds = Histogram(SECONDS_BOUNDS)
         self.total_seconds = Histogram(SECONDS_BOUNDS)
@@ -82,6 +112,20 @@ class ModelMetrics:
         self.failed_seconds = 0.0
         self.last_inference_s = 0.0
         self.by_batch: Dict[int, List[float]] = {}
+
+    def totals(self) -> Totals:
+        """Everything that was counted for the version."""
+        return self.earlier + Totals(
+            success=self.total_seconds.count,
+            rejected=self.refused + self.deadline_missed,
+            cancelled=self.cancelled,
+            failed=self.failed,
+            rows=self.rows,
+            executions=self.batch_rows.count,
+            request_s=self.total_seconds.total,
+            queue_s=self.queue_seconds.total,
+            compute_s=self.compute_seconds.total,
+        )
 
     def record_batch(self, batch: Sequence[Job]) -> None:
         """Count jobs that came back from the engine together."""
@@ -132,7 +176,30 @@ class Metrics:
             self._models[name, digest] = counters  # newest last
         retired = [key for key in self._models if key[1] not in self._active.get(key[0], {})]
         for old in retired[:-_RETIRED_KEPT]:
-            del self._models[old]
+            self._forget(*old)
+
+    def _forget(self, name: str, digest: str) -> None:
+        """Drop counters; sums by version never fall, so another file of that version takes them over."""
+        old = self._models.pop((name, digest))
+        heirs = [m for (other, _), m in self._models.items() if other == name and m.version == old.version]
+        if heirs:
+            heirs[-1].earlier += old.totals()
+
+    def by_version(self) -> Dict[Tuple[str, str], Totals]:
+        """Sums by name and version, over all files that served as that version."""
+        sums: Dict[Tuple[str, str], Totals] = {}
+        for (name, _), counters in list(self._models.items()):
+            key = (name, counters.version)
+            sums[key] = sums.get(key, Totals()) + counters.totals()
+        return sums
+
+    def pending(self) -> Dict[Tuple[str, str], int]:
+        """Waiting requests by name and version."""
+        depths: Dict[Tuple[str, str], int] = {}
+        for (name, _), counters in list(self._models.items()):
+            key = (name, counters.version)
+            depths[key] = depths.get(key, 0) + counters.queue_depth
+        return depths
 
     def count_http_error(self, status: int) -> None:
         """Count an answer with a status of 400 or more."""
@@ -142,61 +209,3 @@ class Metrics:
         """Name, digest and counters of every version known."""
         for (name, digest), counters in list(self._models.items()):
             yield name, digest, counters
-
-    def render(self) -> Tuple[str, bytes]:
-        """The page of ``/metrics``: content type and body."""
-        from prometheus_client import CollectorRegistry, generate_latest
-        from prometheus_client.exposition import CONTENT_TYPE_LATEST
-
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Collector(self))
-        return CONTENT_TYPE_LATEST, generate_latest(registry)
-
-
-_LABELS = ("model", "digest")
-_HISTOGRAMS = (
-    ("queue_seconds", "Time that answered requests waited for the engine"),
-    ("compute_seconds", "Time that answered requests spent in the engine"),
-    ("total_seconds", "Time from arrival to result of answered requests"),
-    ("batch_rows", "Rows of each executed batch"),
-)
-_COUNTERS = (
-    ("refused", "Requests turned away because the queue was full"),
-    ("failed", "Requests that the engine could not run"),
-    ("deadline_missed", "Requests whose timeout passed while they waited"),
-    ("cancelled", "Requests whose client went away"),
-    ("rows", "Rows of answered requests"),
-)
-
-
-class _Collector:
-    """Turns the counters into Prometheus families at scrape time."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Iterator[Any]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-
-        versions = list(self._metrics.models())
-        for field, text in _HISTOGRAMS:
-            histogram = HistogramMetricFamily(f"edgekit_inference_{field}", text, labels=_LABELS)
-            for name, digest, counters in versions:
-                values: Histogram = getattr(counters, field)
-                histogram.add_metric([name, digest], values.cumulative(), values.total)
-            yield histogram
-        for field, text in _COUNTERS:
-            counter = CounterMetricFamily(f"edgekit_inference_{field}", text, labels=_LABELS)
-            for name, digest, counters in versions:
-                counter.add_metric([name, digest], getattr(counters, field))
-            yield counter
-        depth = GaugeMetricFamily("edgekit_queue_depth", "Requests waiting now", labels=_LABELS)
-        for name, digest, counters in versions:
-            depth.add_metric([name, digest], counters.queue_depth)
-        yield depth
-        errors = CounterMetricFamily(
-            "edgekit_http_errors", "Answers with an error status", labels=("status",)
-        )
-        for status, count in sorted(self._metrics.http_errors.items()):
-            errors.add_metric([str(status)], count)
-        yield errors

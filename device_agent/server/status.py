@@ -6,6 +6,7 @@ import html
 
 from device_agent import __version__
 from device_agent.metrics import Metrics
+from device_agent.metrics_page import render
 from device_agent.models import LoadedModel, Models
 from device_agent.server.connection import Connection, Request
 
@@ -28,7 +29,7 @@ class StatusRoutes:
         if request.method != "GET":
             connection.respond(405, [b"use GET\n"], _TEXT)
         elif path == b"/metrics":
-            content_type, body = self._metrics.render()
+            content_type, body = render(self._metrics)
             connection.respond(200, [body], content_type.encode("ascii"))
         elif path == b"/":
             connection.respond(200, [self._page().encode()], _HTML)

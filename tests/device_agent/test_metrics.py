@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import List
+from typing import Dict, List, Tuple
 
 import pytest
 from hypothesis import given
@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from device_agent.batching.batcher import Job
 from device_agent.metrics import SECONDS_BOUNDS, Histogram, Metrics
+from device_agent.metrics_page import render
 from device_agent.server.documents import model_statistics
 
 
@@ -44,7 +45,7 @@ def test_the_page_is_what_prometheus_parses() -> None:
     counters.record_batch([finished(1, 0.0009, 0.02, 3), finished(2, 0.0021, 0.02, 3)])
     counters.refused = 4
     metrics.count_http_error(503)
-    content_type, body = metrics.render()
+    content_type, body = render(metrics)
     assert content_type.startswith("text/plain")
     samples = {
         (sample.name, sample.labels.get("le")): sample
@@ -102,3 +103,52 @@ def test_statistics_have_tritons_form() -> None:
     assert stats["inference_stats"]["cache_hit"] == {"count": 0, "ns": 0}
     assert stats["batch_stats"][0]["batch_size"] == 3
     assert model_statistics("m", "1", Metrics().of_model("m", "x"))["last_inference"] == 0
+
+
+def samples_of(metrics: Metrics) -> Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]:
+    """Every sample of the page by family and labels; Prometheus' own parser reads it."""
+    families = text_string_to_metric_families(render(metrics)[1].decode())
+    return {(f.name, tuple(sorted(s.labels.items()))): s.value for f in families for s in f.samples}
+
+
+def test_tritons_names_are_exported_with_its_meaning() -> None:
+    """Requests, rows, runs and microseconds by model and version, so that its dashboards work."""
+    metrics = Metrics()
+    counters = metrics.of_model('a "b"\n', "d")
+    metrics.activated('a "b"\n', {"d": "2"})
+    counters.record_batch([finished(1, 0.0009, 0.02, 3), finished(2, 0.0021, 0.02, 3)])
+    counters.refused, counters.deadline_missed, counters.cancelled, counters.failed = 4, 1, 2, 3
+    counters.queue_depth = 7
+    samples = samples_of(metrics)
+    labels = (("model", 'a "b"\n'), ("version", "2"))
+    expected = {
+        "request_success": 2,
+        "count": 3,
+        "exec_count": 1,
+        "request_duration_us": 43_000,
+        "queue_duration_us": 3_000,
+        "compute_input_duration_us": 0,
+        "compute_infer_duration_us": 40_000,
+        "compute_output_duration_us": 0,
+        "pending_request_count": 7,
+    }
+    assert {name: samples[f"nv_inference_{name}", labels] for name in expected} == expected
+    assert (
+        'nv_inference_count{model="a \\"b\\"\\n",version="2"} 3' in render(metrics)[1].decode().splitlines()
+    )
+    reasons = {"REJECTED": 5, "CANCELED": 2, "BACKEND": 3}
+    failure = "nv_inference_request_failure"
+    assert {r: samples[failure, (labels[0], ("reason", r), labels[1])] for r in reasons} == reasons
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 30)), max_size=60))
+def test_sums_of_a_version_never_fall(history: List[Tuple[int, int]]) -> None:
+    """However often other files take over as the same version, a counter that Prometheus reads only grows."""
+    metrics, before = Metrics(), 0.0
+    for step, (requests, file) in enumerate(history):
+        digest = f"file{file}"
+        metrics.activated("m", {digest: "1"})
+        metrics.of_model("m", digest).record_batch([finished(1, 0.0, 0.001, 1) for _ in range(requests)])
+        now = metrics.by_version()["m", "1"].success
+        assert now == before + requests, step
+        before = now

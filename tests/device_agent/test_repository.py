@@ -227,6 +227,7 @@ def test_files_without_a_configuration_are_refused(agent: AgentProcess) -> None:
         with pytest.raises(urllib.error.HTTPError) as refusal, urllib.request.urlopen(request):
             pass
         assert refusal.value.code == 400
+        refusal.value.close()
 
 
 def test_a_reload_under_load_fails_no_request(client: Any, agent: AgentProcess, root: Path) -> None:
