@@ -3,11 +3,13 @@
 The cost is taken as affine, ``fixed + per_row * n``, and fitted by least squares with exponentially fading
 weights. A fit over all sizes, in place of an average for each, lets every observation correct the estimate
 of sizes that were not seen lately. A device that throttles or changes its power mode becomes slower at every
-size alike, so an observation also moves what is remembered of the others towards its own level.
+size alike, so an observation also moves what is remembered of the others towards its own level; a size beyond
+all that were seen does not, since it says more about the shape.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Optional
 
 _KEEP = 0.98  # weight of history at each observation: half is forgotten after 34
@@ -23,6 +25,7 @@ class LatencyModel:
         self._fixed_s = 0.0
         self._per_row_s = 0.0
         self._weight = 0.0
+        self._least_rows, self._most_rows = math.inf, 0.0
         self._n = self._t = self._nn = self._nt = 0.0
 
     def predict(self, rows: int) -> Optional[float]:
@@ -34,9 +37,10 @@ class LatencyModel:
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from one run."""
         expected_s = self.predict(rows)
-        if expected_s:
+        if expected_s and self._least_rows <= rows <= self._most_rows:
             seconds = min(seconds, _MAX_OUTLIER * expected_s)
             self._follow(seconds, expected_s)
+        self._least_rows, self._most_rows = min(self._least_rows, rows), max(self._most_rows, rows)
         self._weight = _KEEP * self._weight + 1.0
         self._n = _KEEP * self._n + rows
         self._t = _KEEP * self._t + seconds

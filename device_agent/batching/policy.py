@@ -5,8 +5,8 @@ again. It waits only where clients that were just answered are about to return a
 than the wait (see :mod:`device_agent.batching.returns`), or where the user sets a delay.
 
 A larger batch is taken only where it pays: of the sizes that the queue offers, the smallest with which all
-that waits is done within 2% of the least time. Where a batch of sixteen costs sixteen times as much as one,
-requests run one after the other, and the first is answered sixteen times earlier.
+that waits is done within a few percent of the least time. Where a batch of sixteen costs sixteen times as
+much as one, requests run one after the other, and the first is answered sixteen times earlier.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Callable, Hashable, List, Optional, Protocol, Sequence, Tuple
 
 from device_agent.batching.returns import NOBODY, Company
 
-_WORTH_FRACTION = 0.02
 _WAIT_WORTH_FRACTION = 0.8  # of what is gained; the rest is for estimates that are off
 
 Predict = Callable[[int], Optional[float]]
@@ -48,11 +47,13 @@ class PolicySettings:
         max_queue_delay_s: how long a request may wait for company while the engine is idle; None: as long
             as waiting pays, by what was learned.
         preferred_sizes: rows at which a batch starts without waiting for more; empty: any size.
+        worth_fraction: how much sooner all must be done with larger batches, for these to be taken.
     """
 
     max_batch_size: int
     max_queue_delay_s: Optional[float] = None
     preferred_sizes: Tuple[int, ...] = ()
+    worth_fraction: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,9 @@ def decide(
     return Decision(take=tuple(sorted(_sized(queue, candidates, learned, settings))))
 
 
-def steady_size(learned: Learned, max_rows: int) -> int:
-    """Rows in each batch of a queue that never ends; ``max_rows`` while nothing was learned."""
-    return _smallest_worthwhile(range(1, max_rows + 1), learned)
+def steady_size(learned: Learned, settings: PolicySettings) -> int:
+    """Rows in each batch of a queue that never ends; the most while nothing was learned."""
+    return _smallest_worthwhile(range(1, settings.max_batch_size + 1), learned, settings.worth_fraction)
 
 
 def saved_s(rows: int, more_rows: int, learned: Learned, max_rows: int) -> float:
@@ -192,7 +193,7 @@ def _company_pays(
     settings: PolicySettings,
 ) -> bool:
     company = learned.company
-    size = steady_size(learned, settings.max_batch_size)
+    size = steady_size(learned, settings)
     gain_s = saved_s(rows, company.rows, learned, size)
     wait_s = max(0.0, company.likely_s - now_s)
     if wait_s >= _WAIT_WORTH_FRACTION * gain_s:
@@ -217,7 +218,7 @@ def _sized(
         sizes.append(rows)
     if settings.preferred_sizes:
         return candidates[: _preferred(sizes, settings.preferred_sizes)]
-    return candidates[: 1 + sizes.index(_smallest_worthwhile(sizes, learned))]
+    return candidates[: 1 + sizes.index(_smallest_worthwhile(sizes, learned, settings.worth_fraction))]
 
 
 def _preferred(sizes: Sequence[int], preferred: Sequence[int]) -> int:
@@ -228,13 +229,13 @@ def _preferred(sizes: Sequence[int], preferred: Sequence[int]) -> int:
     return max(1, sum(size <= max(reached) for size in sizes))
 
 
-def _smallest_worthwhile(sizes: Sequence[int], learned: Learned) -> int:
+def _smallest_worthwhile(sizes: Sequence[int], learned: Learned, worth_fraction: float) -> int:
     """The smallest of ``sizes``, ascending, in which the last one's rows are done about as soon as can be."""
     rows = sizes[-1]
     if learned.predict_s(rows) is None:
         return rows  # nothing learned yet: batching is what usually pays
     totals_s = [clearing_s(rows, size, learned) for size in sizes]
-    bound_s = min(totals_s) * (1.0 + _WORTH_FRACTION)
+    bound_s = min(totals_s) * (1.0 + worth_fraction)
     return next(size for size, total_s in zip(sizes, totals_s) if total_s <= bound_s)
 
 

@@ -33,6 +33,8 @@ _INLINE_HANDOVER_S = 20e-6
 _PLANNED_FRACTION = 0.9  # of the objective; reading, answering and the way to the client take the rest
 _MIN_GAIN_S = 200e-6  # a loop's timers are not much finer, and clients need as long to come back
 _REFRESH_RUNS = 8
+_WORTH_FRACTION = 0.05
+_WORTH_FRACTION_WITH_LEVELS = 0.25  # the highest level waits for the whole of a run that goes on
 _LONE = Decision(take=(0,))
 
 
@@ -93,6 +95,7 @@ class Scheduler:
             settings.max_batch_size,
             None if delay_us is None else delay_us / 1e6,
             settings.batching.preferred_batch_size,
+            _WORTH_FRACTION if settings.batching.priority_levels < 2 else _WORTH_FRACTION_WITH_LEVELS,
         )
         self._waits_for_returns = delay_us is None and settings.max_batch_size > 1
         self._returns = Returns()
@@ -208,7 +211,7 @@ class Scheduler:
     def _refresh(self) -> None:
         """What changes slowly is not worked out for every request."""
         learned = Learned(self.latency.predict, self._handover_s())
-        self._steady_size = steady_size(learned, self._settings.max_batch_size)
+        self._steady_size = steady_size(learned, self._policy)
         if self._waits_for_returns and self._steady_size > 1:
             gain_s = saved_s(1, 1, learned, self._steady_size)
             self._horizon_s = gain_s if gain_s >= _MIN_GAIN_S else 0.0

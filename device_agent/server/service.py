@@ -79,7 +79,6 @@ class InferenceService:
         self._models = models
         self._control = ModelControl(models, repository)
         self._metrics = metrics
-        self._config = config
         self._served: Dict[Tuple[str, str], ServedModel] = {}
         self._tasks: Set[asyncio.Task[None]] = set()
 

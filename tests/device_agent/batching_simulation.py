@@ -61,10 +61,10 @@ class Simulation:
         for number in range(clients):
             self._at(number * 1e-4, lambda: self._send(rows, priority, think_s))
 
-    def open_loop(self, arrivals_s: Sequence[float], priority: int = 0, **job: Any) -> None:
+    def open_loop(self, arrivals_s: Sequence[float], priority: int = 0, rows: int = 1, **job: Any) -> None:
         """Requests at given times."""
         for arrival_s in arrivals_s:
-            self._at(arrival_s, lambda: self._send(1, priority, None, **job))
+            self._at(arrival_s, lambda: self._send(rows, priority, None, **job))
 
     def run(self, seconds: float) -> Log:
         """Go on until the clock says so."""

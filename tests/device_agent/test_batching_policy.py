@@ -149,12 +149,12 @@ def test_preferred_sizes_start_at_once_and_the_largest_wins() -> None:
 def test_a_long_queue_runs_at_a_size_that_costs_little_more_than_the_best(
     fixed_s: float, per_row_s: float, max_batch_size: int
 ) -> None:
-    """The steady size is at most 2% dearer for each row than the largest batch."""
+    """The steady size is at most 5% dearer for each row than the largest batch."""
     learned = Learned(affine(fixed_s, per_row_s), handover_s=0.0)
-    size = steady_size(learned, max_batch_size)
+    size = steady_size(learned, PolicySettings(max_batch_size))
     per_row = [(fixed_s + per_row_s * rows) / rows for rows in (size, max_batch_size)]
     assert 1 <= size <= max_batch_size
-    assert max_batch_size % size or per_row[0] <= 1.02 * per_row[1] + 1e-12
+    assert max_batch_size % size or per_row[0] <= 1.05 * per_row[1] + 1e-12
 
 
 def test_a_full_batch_does_not_wait_for_the_delay() -> None:
