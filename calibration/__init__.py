@@ -16,6 +16,7 @@ from calibration.quantizer import Quantized, Report, quantize
 from calibration.runner import calibrate, calibrate_each
 from calibration.scales import Scales, TensorRange, load
 from calibration.sensitivity import LayerSensitivity, sensitivity, sqnr_db
+from calibration.storage import load_model, save_model
 from calibration.tensorrt_cache import layer_precisions, read_cache, write_cache
 
 __all__ = [
@@ -37,10 +38,12 @@ __all__ = [
     "choose",
     "layer_precisions",
     "load",
+    "load_model",
     "prepare",
     "protect",
     "quantize",
     "read_cache",
+    "save_model",
     "sensitivity",
     "sqnr_db",
     "to_fp16",

@@ -21,6 +21,7 @@ from onnx import ModelProto
 
 from calibration.histogram import Histogram
 from calibration.probe import Probe
+from calibration.storage import digest
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Checkpoint:
         self._every_s = every_s
         self._written = time.monotonic()
         kinds = "".join("h" if isinstance(c, Histogram) else "e" for c in probe.collected.values())
-        self._key = hashlib.sha256(model.SerializeToString(deterministic=True) + kinds.encode()).hexdigest()
+        self._key = hashlib.sha256(f"{digest(model)} {kinds}".encode()).hexdigest()
 
     def restore(self) -> Progress:
         """Read the state of an earlier run into the probe; nothing where there is none that fits."""

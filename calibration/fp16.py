@@ -27,6 +27,7 @@ from calibration.graph import (
 )
 from calibration.prepare import prepare
 from calibration.scales import Scales
+from calibration.storage import Source, infer_shapes
 
 MAX_FP16 = 65504.0
 MIN_NORMAL_FP16 = 2.0**-14
@@ -56,12 +57,12 @@ class Fp16Report:
 
 
 def to_fp16(
-    model: ModelProto, scales: Scales | None = None, *, exclude: Collection[str] = ()
+    model: Source, scales: Scales | None = None, *, exclude: Collection[str] = ()
 ) -> tuple[ModelProto, Fp16Report]:
     """Convert a float32 model to float16 between float32 inputs and outputs.
 
     Args:
-        model: the float model; it is prepared first.
+        model: the float model or its file; it is prepared first.
         scales: ranges from ``calibrate``; without them only constants are checked.
         exclude: names of operators to keep in float32.
 
@@ -74,11 +75,11 @@ def to_fp16(
     converter.convert()
     del result.graph.value_info[:]
     drop_unused_constants(result.graph)
-    inferred = onnx.shape_inference.infer_shapes(result)
+    infer_shapes(result)
     report = Fp16Report(
         converter.converted, dict(sorted(converter.kept.items())), converter.casts, scales is not None
     )
-    return inferred, report
+    return result, report
 
 
 class _Converter:

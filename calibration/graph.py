@@ -173,6 +173,6 @@ def drop_unused_constants(graph: GraphProto) -> None:
     used = {value.name for value in graph.output}
     for node in graph.node:
         used.update((*node.input, *outer_reads(node)))
-    kept = [t for t in graph.initializer if t.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    for i in reversed(range(len(graph.initializer))):  # the others are not moved: they may be gigabytes
+        if graph.initializer[i].name not in used:
+            del graph.initializer[i]

@@ -5,18 +5,19 @@ from __future__ import annotations
 from onnx import ModelProto, TensorProto, helper
 
 from calibration.graph import Names
+from calibration.storage import detach
 
 
 class Instrument:
     """A copy of a model that returns only what is asked for here.
 
     Attributes:
-        model: the copy.
+        detached: the copy, for ``open_session``.
     """
 
     def __init__(self, model: ModelProto) -> None:
-        self.model = ModelProto()
-        self.model.CopyFrom(model)
+        self.detached = detach(model)
+        self.model = self.detached.model
         del self.model.graph.output[:]
         self._names = Names(model)
 

@@ -27,6 +27,7 @@ from calibration.graph import (
     replace_nodes,
     walk_graphs,
 )
+from calibration.storage import Source, attach, detach, infer_shapes, load_model
 
 #: Per-channel Q/DQ exists from opset 13 on.
 MIN_OPSET = 13
@@ -36,29 +37,30 @@ _MARK = "calibration.prepared"
 _QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger"})
 
 
-def prepare(model: ModelProto) -> ModelProto:
-    """A copy of ``model`` that computes the same function and is ready for calibration.
+def prepare(model: Source) -> ModelProto:
+    """A copy of a model (in memory or a file) that computes the same function, ready for calibration.
 
     A model that this function returned is returned as it is: preparing twice changes nothing.
 
     Raises:
-        CalibrationError: the model is quantized already, is not valid ONNX, or is so old that its
-            operators cannot be brought to opset 13.
+        CalibrationError: the model cannot be read, is quantized already, is not valid ONNX, or is so old
+            that its operators cannot be brought to opset 13.
     """
-    if any(entry.key == _MARK for entry in model.metadata_props):
-        return model
-    refuse_quantized(model)
-    prepared = _upgrade(model)
+    given = load_model(model)
+    if any(entry.key == _MARK for entry in given.metadata_props):
+        return given
+    refuse_quantized(given)
+    prepared = _upgrade(given, owned=given is not model)
     _freeze_constants(prepared)
     _name_nodes(prepared)
     _lift_constants(prepared)
     fold_constants(prepared)
     _drop_identities(prepared)
     fuse_batch_norms(prepared)
-    prepared = _infer_shapes(prepared)
+    infer_shapes(prepared)
     rewrite(prepared)
     drop_unused_constants(prepared.graph)
-    prepared = _infer_shapes(prepared)
+    infer_shapes(prepared)
     prepared.metadata_props.add(key=_MARK, value="1")
     return prepared
 
@@ -76,14 +78,25 @@ def refuse_quantized(model: ModelProto) -> None:
                 )
 
 
-def _upgrade(model: ModelProto) -> ModelProto:
-    if model.functions:  # what is inside a function would not be seen
-        model = onnx.inliner.inline_local_functions(model)
+def _upgrade(model: ModelProto, *, owned: bool) -> ModelProto:
+    """The model at opset 13 or newer and without functions, whose inside would not be seen.
+
+    A copy, unless it is ``owned`` and needs no change: large models are not held twice.
+    """
     current = opset(model)
-    if current >= MIN_OPSET:
-        copy = ModelProto()
-        copy.CopyFrom(model)
-        return copy
+    if owned and current >= MIN_OPSET and not model.functions:
+        return model
+    detached = detach(model)
+    result = detached.model
+    if model.functions:
+        result = onnx.inliner.inline_local_functions(result)
+    if current < MIN_OPSET:
+        result = _convert(result, current)
+    attach(result, detached.weights)
+    return result
+
+
+def _convert(model: ModelProto, current: int) -> ModelProto:
     try:
         return onnx.version_converter.convert_version(model, MIN_OPSET)
     except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
@@ -173,14 +186,3 @@ def _is_identity(node: NodeProto, index: Index) -> bool:
         return False
     extra_read = any(index.readers.get(name) or name in index.outputs for name in node.output[1:])
     return node.output[0] not in index.outputs and not extra_read
-
-
-def _infer_shapes(model: ModelProto) -> ModelProto:
-    try:
-        return onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except (RuntimeError, ValueError) as error:
-        raise CalibrationError(
-            "the model is not valid ONNX",
-            f"its shapes do not fit together: {str(error).splitlines()[0]}",
-            "check the file with onnx.checker, or export it again",
-        ) from error

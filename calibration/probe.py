@@ -83,7 +83,7 @@ class Probe:
         self._sizes = {name: instrument.size(name) for name in self._whole}
         for name in self._whole:
             instrument.values(name)
-        self._session = open_session(instrument.model, threads=1)
+        self._session = open_session(instrument.detached, threads=1)
 
     def run(self, row: Mapping[str, Array], position: int) -> dict[str, Shape]:
         """Run one row and collect what it shows.
@@ -162,7 +162,7 @@ class Probe:
         """Look at the tensor itself: a sum can overflow where every value is finite."""
         instrument = Instrument(self._model)
         output = instrument.values(tensor)
-        values = open_session(instrument.model, threads=1).run([output], dict(row))[0]
+        values = open_session(instrument.detached, threads=1).run([output], dict(row))[0]
         if not np.isfinite(values).all():
             raise _not_finite(tensor, position)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from calibration.affine import Affine, bias_s32, quantize, weight_s8
@@ -12,6 +13,7 @@ from calibration.eligibility import weight_axis
 from calibration.graph import LINEAR, Index, Names, array, drop_unused_constants, rename_reads, replace_nodes
 from calibration.layouts import Placement
 from calibration.scales import Scales
+from calibration.storage import Detached, attach, detach
 from calibration.targets import Target
 
 
@@ -27,21 +29,23 @@ def write_qdq(
         target: decides about biases.
         weight_levels: largest integer in a weight, 127 or 63.
     """
-    result = ModelProto()
-    result.CopyFrom(model)
-    writer = _Writer(result, scales, placement, target, weight_levels)
+    detached = detach(model)  # a weight that is replaced is never copied
+    result = detached.model
+    writer = _Writer(detached, scales, placement, target, weight_levels)
     writer.write()
     drop_unused_constants(result.graph)
+    attach(result, detached.weights)
     return result
 
 
 class _Writer:
     def __init__(
-        self, model: ModelProto, scales: Scales, placement: Placement, target: Target, weight_levels: int
+        self, detached: Detached, scales: Scales, placement: Placement, target: Target, weight_levels: int
     ) -> None:
-        self._graph: GraphProto = model.graph
-        self._index = Index(model)
-        self._names = Names(model)
+        self._graph: GraphProto = detached.model.graph
+        self._weights = detached.weights
+        self._index = Index(detached.model)
+        self._names = Names(detached.model)
         self._scales = scales
         self._placement = placement
         self._target = target
@@ -54,7 +58,7 @@ class _Writer:
     def write(self) -> None:
         for node in self._graph.node:
             if node.name in self._placement.quantized:
-                self._weights(node)
+                self._quantize_weights(node)
         after = {name: self._pair(name) for name in self._placement.tensors}
         if self._target.shields_float_layers:
             self._shield({nodes[-1].output[0] for nodes in after.values()})
@@ -117,17 +121,17 @@ class _Writer:
                 node.output[i] = renamed
         return renamed
 
-    def _weights(self, node: NodeProto) -> None:
+    def _quantize_weights(self, node: NodeProto) -> None:
         """Point a linear node at its quantized weight and bias."""
         weight_name = node.input[1]
         if weight_name not in self._index.constants:
             return
-        weight = array(self._index.constants[weight_name]).astype(np.float32, copy=False)
+        weight = self._values(weight_name)
         source = self.activation(node.input[0])
         bias_name = node.input[2] if len(node.input) > 2 else ""
         bias = None
         if bias_name and self._target.integer_bias:
-            bias = array(self._index.constants[bias_name]).astype(np.float32).reshape(-1)
+            bias = self._values(bias_name).reshape(-1)
         affine = weight_s8(
             weight,
             weight_axis(node, weight.ndim),
@@ -139,6 +143,10 @@ class _Writer:
         if bias is not None:
             bias_affine = bias_s32(source.scale, affine)
             node.input[2] = self._constant(node, bias_name, bias, bias_affine)
+
+    def _values(self, name: str) -> npt.NDArray[np.float32]:
+        tensor = self._weights.get(name, self._index.constants[name])
+        return array(tensor).astype(np.float32, copy=False)
 
     def _constant(self, node: NodeProto, name: str, values: np.ndarray, affine: Affine) -> str:
         """Store a quantized constant with its DQ before its first reader; equal ones are shared."""

@@ -14,6 +14,7 @@ from calibration.placement import place
 from calibration.prepare import prepare
 from calibration.qdq import write_qdq
 from calibration.scales import Scales
+from calibration.storage import Source
 from calibration.tables import store_tables
 from calibration.targets import target_named
 
@@ -54,7 +55,7 @@ class Quantized:
 
 
 def quantize(
-    model: ModelProto,
+    model: Source,
     scales: Scales,
     target: str = "onnxruntime",
     *,
@@ -69,7 +70,7 @@ def quantize(
     The same model and scales give the same bytes.
 
     Args:
-        model: the model that was calibrated.
+        model: the model that was calibrated, or its file.
         scales: from ``calibrate``.
         target: ``onnxruntime`` (CPU) or ``tensorrt`` (8.6 and newer, and TensorRT-RTX).
         exclude: names of linear operators, and of Gathers from tables, to keep in float.

@@ -17,11 +17,12 @@ from calibration.prepare import prepare
 from calibration.probe import Probe
 from calibration.samples import check, rows, signature
 from calibration.scales import Scales, TensorRange
+from calibration.storage import Source
 from calibration.workers import Workers
 
 
 def calibrate(
-    model: ModelProto,
+    model: Source,
     samples: Iterable[Mapping[str, Array]],
     *,
     observer: str = "minmax",
@@ -39,7 +40,7 @@ def calibrate(
     ``attention_mask``, the padding at the end of each row does not reach the observers.
 
     Args:
-        model: a float model; it is prepared first (see ``prepare``).
+        model: a float model or its file; it is prepared first (see ``prepare``).
         samples: mappings from input names to arrays, batch axis first; read once, one at a time.
         observer: ``minmax``, ``percentile``, ``mse`` (least squared error) or ``entropy``.
         percentile: with ``percentile``, the share of values to keep on each side.
@@ -64,7 +65,7 @@ def calibrate(
 
 
 def calibrate_each(
-    model: ModelProto,
+    model: Source,
     samples: Iterable[Mapping[str, Array]],
     observers: Sequence[str],
     *,
@@ -97,7 +98,7 @@ class _Run:
     progress: Callable[[int], None] | None
 
     def scales(
-        self, model: ModelProto, samples: Iterable[Mapping[str, Array]], observers: Sequence[Observer]
+        self, model: Source, samples: Iterable[Mapping[str, Array]], observers: Sequence[Observer]
     ) -> list[Scales]:
         """Show all samples to a probe, and let each observer choose its ranges."""
         prepared = prepare(model)

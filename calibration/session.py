@@ -8,13 +8,16 @@ import onnxruntime as ort
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from calibration.errors import CalibrationError
-from calibration.graph import Array
+from calibration.graph import Array, array
+from calibration.storage import Detached, detach
 
 _ERRORS_ONLY = 4
 
 
-def open_session(model: ModelProto, threads: int = 0) -> ort.InferenceSession:
+def open_session(model: ModelProto | Detached, threads: int = 0) -> ort.InferenceSession:
     """A session on the CPU provider.
+
+    The weights are handed over beside the model: that is faster than inside it, and has no limit of 2 GB.
 
     Args:
         model: a float or quantized model.
@@ -26,8 +29,15 @@ def open_session(model: ModelProto, threads: int = 0) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads
+    detached = model if isinstance(model, Detached) else detach(model)
+    weights = [ort.OrtValue.ortvalue_from_numpy(array(tensor)) for tensor in detached.weights.values()]
+    options.add_external_initializers(list(detached.weights), weights)
+    if detached.is_large:  # packing keeps each weight a second time
+        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            detached.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as error:  # ONNX Runtime's errors share no base class below Exception
         raise CalibrationError(
             "ONNX Runtime cannot load the model",

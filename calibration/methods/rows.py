@@ -46,7 +46,7 @@ class Taps:
         for name in dict.fromkeys(tensors):
             if name not in self._inputs:
                 instrument.values(name)
-        self._session = open_session(instrument.model, threads) if instrument.model.graph.output else None
+        self._session = open_session(instrument.detached, threads) if instrument.model.graph.output else None
         self._options = ort.RunOptions()
         self._options.only_execute_path_to_fetches = True
 
