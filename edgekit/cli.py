@@ -309,6 +309,24 @@ def verify(bundle_path: Path, key: Path) -> None:
     click.echo(f"{bundle_path}: whole, and signed with the key {signer.fingerprint[:16]}")
 
 
+@cli.command("export-triton")
+@click.argument("bundle_path", metavar="BUNDLE", type=path_argument)
+@click.argument("repository", metavar="DIR", type=path_argument)
+@click.option("--labels", metavar="[OUTPUT=]FILE", help="Names of the classes, one a line.")
+@json_option
+def export_triton(bundle_path: Path, repository: Path, labels: str | None, as_json: bool) -> None:
+    """Write a bundle as a model of a Triton repository."""
+    from dataclasses import asdict
+
+    from edgekit import export_triton as exporter
+
+    exported = exporter.export(bundle_path, repository, labels)
+    if as_json:
+        _print_json({**asdict(exported), "directory": str(exported.directory)})
+    else:
+        click.echo(f"{exported.directory / str(exported.version)}: {exported.name} {exported.digest[:12]}")
+
+
 @cli.command()
 @click.argument("bundle_path", metavar="BUNDLE", type=path_argument)
 @click.option(
