@@ -21,6 +21,7 @@ from device_agent import directory, ustar
 from device_agent import manifest as manifest_module
 from device_agent.errors import BadInput
 from device_agent.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME, FileEntry, Manifest
+from device_agent.manifest_checks import safe_path
 
 SUFFIX = ".edgekit"
 
@@ -203,7 +204,7 @@ class _ArchiveReader:
         kind = ustar.special_kind(header)
         if kind is not None:
             self._refuse(f"{name!r} is {kind}; a bundle holds regular files only")
-        if not manifest_module.safe_path(name):
+        if not safe_path(name):
             self._refuse(f"the path {name!r} leads out of the bundle")
         if name in seen or name in (MANIFEST_NAME, SIGNATURE_NAME):
             self._refuse(f"{name!r} is there twice, or out of its place")

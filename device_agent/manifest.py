@@ -16,35 +16,22 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
-import re
 import stat
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Dict, List, Mapping, Optional, Set, Tuple, Type, TypeVar
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Mapping, Optional, Tuple
 
+from device_agent import manifest_form
 from device_agent.errors import ManifestError
+from device_agent.manifest_checks import problems
+from device_agent.manifest_form import malformed
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_COMPOSITION_SCHEMA = 2  # the first that knows compositions
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "model.sig"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
-MAX_FILES = 4096
-
-#: Tensor types of the Open Inference Protocol v2, section "Tensor Data Types".
-DTYPES = (
-    "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64",
-    "FP16", "FP32", "FP64", "BF16", "BYTES",
-)  # fmt: skip
-PRECISIONS = ("fp32", "fp16", "int8")
-QUANTILES = (None, "p50", "p95", "p99")
-RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_PATH_BYTES = 150  # with the next limit, every path fits a ustar header
-_PATH_PART_BYTES = 100
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -87,6 +74,23 @@ class EngineEntry:
     path: str
     precision: str
     fingerprint: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One graph of a composition.
+
+    Attributes:
+        name: for messages; unique in the composition.
+        graph: path of its ONNX graph, from ``files``.
+        inputs: which tensor of the composition each of the graph's inputs is.
+        outputs: which tensor each of the graph's outputs becomes.
+    """
+
+    name: str
+    graph: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,8 @@ class Manifest:
         version: increases with every release of the model; a device refuses to go back unless told to.
         profile: the device profile the bundle was made for.
         architecture: the profile's processor, such as ``x86_64`` or ``aarch64``.
-        graph: path of the portable ONNX graph, which any device can fall back to.
+        graph: path of the portable ONNX graph, which any device can fall back to; in a composition, the
+            graph of the step that ``engines`` and ``precision`` are about.
         precision: precision of ``graph``.
         inputs, outputs: the model's signature.
         max_batch_size: the largest batch that was tested; 1 where the batch axis is fixed.
@@ -153,6 +158,8 @@ class Manifest:
             where the model takes tensors as they are.
         measurements: reproducible results from the host: the metric, sizes, parameter counts.
         provenance: tool versions, the digest of the original model, the seed.
+        composition: the steps of a model that is made of several graphs, in any order; empty: it is
+            ``graph`` alone.
     """
 
     schema: int
@@ -172,6 +179,7 @@ class Manifest:
     preprocessing: Optional[Mapping[str, Any]] = None
     measurements: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    composition: Tuple[Step, ...] = ()
 
 
 # Writing
@@ -180,8 +188,16 @@ class Manifest:
 def dumps(manifest: Manifest) -> bytes:
     """Serialize to the one canonical form: sorted keys, two spaces, UTF-8, a final newline."""
     _check(manifest)
-    text = json.dumps(asdict(manifest), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    document = asdict(manifest)
+    if not manifest.composition:  # so that agents which know none can read what has none
+        del document["composition"]
+    text = json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode()
+
+
+def schema_of(manifest: Manifest) -> int:
+    """The oldest schema that holds all of a manifest: the one to write, so that older agents can read it."""
+    return _COMPOSITION_SCHEMA if manifest.composition else 1
 
 
 def digest(manifest_bytes: bytes) -> str:
@@ -199,21 +215,10 @@ def loads(data: bytes) -> Manifest:
         ManifestError: malformed, inconsistent, unsafe paths, or a schema newer than this agent's.
     """
     if len(data) > MAX_MANIFEST_BYTES:
-        raise _malformed(f"it has {len(data)} bytes; the limit is {MAX_MANIFEST_BYTES}")
-    try:
-        raw = json.loads(
-            data.decode("utf-8"),
-            parse_constant=_no_constant,
-            parse_float=_finite,
-            object_pairs_hook=_no_duplicates,
-        )
-        json.dumps(raw, ensure_ascii=False).encode("utf-8")  # an escape can smuggle in half a character
-    except (ValueError, RecursionError) as error:
-        raise _malformed(f"it is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise _malformed("the top level is not an object")
+        raise malformed(f"it has {len(data)} bytes; the limit is {MAX_MANIFEST_BYTES}")
+    raw = manifest_form.parse(data)
     _check_schema(raw.get("schema"))
-    manifest = _build(Manifest, raw, "manifest")
+    manifest = manifest_form.build(Manifest, raw, "manifest")
     _check(manifest)
     return manifest
 
@@ -271,54 +276,9 @@ def open_regular(path: Path, follow_links: bool = True) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def safe_path(path: str) -> bool:
-    """Whether ``path`` stays inside the bundle: relative, no ``..``, read alike on every system."""
-    if not path or "\\" in path or not path.isprintable() or path != str(PurePosixPath(path)):
-        return False
-    pure = PurePosixPath(path)
-    return not pure.is_absolute() and ".." not in pure.parts and path != "." and _fits(pure)
-
-
-def _fits(path: PurePosixPath) -> bool:
-    return len(str(path).encode()) <= _PATH_BYTES and all(
-        len(part.encode()) <= _PATH_PART_BYTES for part in path.parts
-    )
-
-
-def valid_name(name: str) -> bool:
-    """Whether ``name`` may name a model: 1 to 64 letters, digits, ``.``, ``_`` or ``-``; no leading dot."""
-    return bool(_NAME.fullmatch(name))
-
-
-def _malformed(why: str) -> ManifestError:
-    return ManifestError(
-        f"{MANIFEST_NAME} is not a valid bundle manifest",
-        why,
-        "make the bundle again with `edgekit compress`",
-    )
-
-
-def _no_constant(value: str) -> None:
-    raise ValueError(f"{value} is not a JSON number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text} is too large")
-    return value
-
-
-def _no_duplicates(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if not _unique(keys):
-        raise ValueError(f"an object has the key {max(keys, key=keys.count)!r} twice")
-    return dict(pairs)
-
-
 def _check_schema(schema: Any) -> None:
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-        raise _malformed("'schema' is not a positive integer")
+        raise malformed("'schema' is not a positive integer")
     if schema > SCHEMA_VERSION:
         raise ManifestError(
             f"the bundle is newer than this agent: schema {schema}",
@@ -327,119 +287,9 @@ def _check_schema(schema: Any) -> None:
         )
 
 
-_T = TypeVar("_T")
-
-# One row for each composite field: (dataclass, field) -> (element type, container)
-_NESTED: Dict[Tuple[str, str], Tuple[Any, str]] = {
-    ("Manifest", "inputs"): (TensorSpec, "tuple"),
-    ("Manifest", "outputs"): (TensorSpec, "tuple"),
-    ("Manifest", "files"): (FileEntry, "tuple"),
-    ("Manifest", "engines"): (EngineEntry, "tuple"),
-    ("Manifest", "golden"): (Golden, "one"),
-    ("Manifest", "contract"): (Contract, "one"),
-    ("Golden", "tolerances"): (Tolerance, "map"),
-}
-_SCALARS: Dict[str, Tuple[Type[Any], ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "bool": (bool,),
-    "float": (int, float),
-    "Optional[str]": (str, type(None)),
-    "Optional[float]": (int, float, type(None)),
-    "Mapping[str, str]": (dict,),
-    "Mapping[str, Any]": (dict,),
-    "Optional[Mapping[str, Any]]": (dict, type(None)),
-}
-
-
-def _build(cls: Type[_T], raw: Any, where: str) -> _T:
-    """Turn a JSON object into the frozen dataclass ``cls``; every key must be known, every type exact."""
-    if not isinstance(raw, dict):
-        raise _malformed(f"{where} is not an object")
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]  # cls is always a dataclass here
-    unknown = sorted(set(raw) - set(known))
-    if unknown:
-        raise _malformed(f"{where} has the unknown key {unknown[0]!r}")
-    values = {key: _value(cls.__name__, known[key], raw[key], f"{where}.{key}") for key in raw}
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise _malformed(f"{where}: {error}") from error
-
-
-def _value(owner: str, spec: Any, value: Any, where: str) -> Any:
-    nested = _NESTED.get((owner, spec.name))
-    if nested is not None:
-        return _nested(nested[0], nested[1], value, where)
-    if spec.type == "Tuple[int, ...]":
-        return tuple(_list(value, where, int))
-    allowed = _SCALARS[spec.type]
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise _malformed(f"{where} has the wrong type: {type(value).__name__}")
-    return value
-
-
-def _nested(element: Any, container: str, value: Any, where: str) -> Any:
-    if container == "one":
-        return _build(element, value, where)
-    if container == "map":
-        if not isinstance(value, dict):
-            raise _malformed(f"{where} is not an object")
-        return {key: _build(element, item, f"{where}.{key}") for key, item in value.items()}
-    return tuple(_build(element, item, f"{where}[{i}]") for i, item in enumerate(_list(value, where, dict)))
-
-
-def _list(value: Any, where: str, kind: Type[Any]) -> List[Any]:
-    if not isinstance(value, list) or not all(type(item) is kind for item in value):
-        raise _malformed(f"{where} is not a list of {kind.__name__}")
-    return value
-
-
 def _check(manifest: Manifest) -> None:
     """Check what types cannot say."""
-    for holds, why in _conditions(manifest):
-        if not holds:
-            raise _malformed(why)
-
-
-def _conditions(m: Manifest) -> List[Tuple[bool, str]]:
-    listed = [entry.path for entry in m.files]
-    tensors = m.inputs + m.outputs
-    engines = m.engines
-    paths = [m.graph, m.golden.inputs, m.golden.outputs, *(engine.path for engine in engines)]
-    reserved = {MANIFEST_NAME, SIGNATURE_NAME}
-    tolerances = m.golden.tolerances
-    return [
-        (valid_name(m.name), f"name {m.name!r} is not 1 to 64 letters, digits, '.', '_' or '-'"),
-        (m.version >= 1, "version is below 1"),
-        (m.max_batch_size >= 1, "max_batch_size is below 1"),
-        (bool(m.inputs) and bool(m.outputs), "the model has no inputs or no outputs"),
-        (all(t.dtype in DTYPES for t in tensors), "a tensor has an unknown dtype"),
-        (all(n >= -1 and n != 0 for t in tensors for n in t.shape), "a tensor has an impossible shape"),
-        (_unique(t.name for t in m.inputs), "two inputs share a name"),
-        (_unique(t.name for t in m.outputs), "two outputs share a name"),
-        (len(listed) <= MAX_FILES, f"more than {MAX_FILES} files"),
-        (_unique(listed), "a file is listed twice"),
-        (not _parents(listed) & {*listed, *reserved}, "a file's path passes through another file"),
-        (all(safe_path(path) for path in listed), "a file's path leaves the bundle"),
-        (not reserved & set(listed), "the manifest or the signature is listed as a file"),
-        (all(_SHA256.fullmatch(f.sha256) for f in m.files), "a file's digest is not a SHA-256"),
-        (all(f.size_bytes >= 0 for f in m.files), "a file's size is negative"),
-        (set(paths) <= set(listed), "the graph, an engine or a golden file is not among the files"),
-        (m.precision in PRECISIONS, f"precision {m.precision!r} is unknown"),
-        (all(e.runtime in RUNTIMES for e in engines), "an engine is for an unknown runtime"),
-        (all(e.precision in PRECISIONS for e in engines), "an engine has an unknown precision"),
-        (all(type(v) is str for e in engines for v in e.fingerprint.values()), "a fingerprint holds no text"),
-        (m.contract.latency_quantile in QUANTILES, "the contract has an unknown latency_quantile"),
-        (set(tolerances) == {t.name for t in m.outputs}, "the tolerances do not match the outputs"),
-        (all(t.absolute >= 0 and t.relative >= 0 for t in tolerances.values()), "a tolerance is negative"),
-    ]
-
-
-def _parents(paths: List[str]) -> Set[str]:
-    return {str(parent) for path in paths for parent in PurePosixPath(path).parents}
-
-
-def _unique(items: Any) -> bool:
-    values = list(items)
-    return len(values) == len(set(values))
+    if manifest.schema < schema_of(manifest):
+        raise malformed(f"schema {manifest.schema} has no 'composition'")
+    for problem in problems(manifest, {MANIFEST_NAME, SIGNATURE_NAME}):
+        raise malformed(problem)

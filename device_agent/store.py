@@ -26,6 +26,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Type
 
 from device_agent import archive, durable, manifest
 from device_agent.errors import AgentError, BadInput, Refused
+from device_agent.manifest_checks import valid_name
 from device_agent.model_state import ModelState
 
 _log = logging.getLogger(__name__)
@@ -107,9 +108,7 @@ class Store:
 
     def names(self) -> List[str]:
         """Names of the models that were ever installed, sorted."""
-        return sorted(
-            path.name for path in (self._root / "models").iterdir() if manifest.valid_name(path.name)
-        )
+        return sorted(path.name for path in (self._root / "models").iterdir() if valid_name(path.name))
 
     def list(self) -> List[Version]:
         """Every installed version, by model and digest."""
@@ -303,7 +302,7 @@ class Store:
     # Helpers
 
     def _model(self, name: str) -> Path:
-        if not manifest.valid_name(name):
+        if not valid_name(name):
             raise BadInput(
                 f"{name!r} is not a model's name", "it is malformed", "`edgekit-agent list` shows them"
             )

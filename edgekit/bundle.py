@@ -21,11 +21,11 @@ from device_agent import archive, signature
 from device_agent.errors import AgentError
 from device_agent.manifest import (
     MANIFEST_NAME,
-    SCHEMA_VERSION,
     FileEntry,
     Manifest,
     digest,
     dumps,
+    schema_of,
 )
 from edgekit.errors import BadInput
 
@@ -71,7 +71,7 @@ def pack(staging: Path, manifest: Manifest, out: Path) -> Bundle:
             in ``out`` under the bundle's name that is not a bundle.
     """
     with bundle_errors():
-        manifest = replace(manifest, schema=SCHEMA_VERSION, files=_entries(staging))
+        manifest = replace(manifest, schema=schema_of(manifest), files=_entries(staging))
         manifest_bytes = dumps(manifest)
         identity = digest(manifest_bytes)
         directory, single = out / manifest.name, out / (manifest.name + archive.SUFFIX)

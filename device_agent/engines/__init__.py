@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, Callable, Dict, Iterator, Tuple
 
 from device_agent.engines.base import Engine, EngineSettings
-from device_agent.engines.source import EngineSource
+from device_agent.engines.source import EngineSource, with_steps
 from device_agent.errors import AgentError, Missing, Refused
 from device_agent.manifest import Manifest, TensorSpec
 
@@ -65,21 +65,23 @@ def candidates(directory: Path, manifest: Manifest, settings: EngineSettings) ->
 
     First the prebuilt engines whose runtime is here and whose fingerprint equals the device's, in the
     manifest's order; one that does not load is logged and passed over. Last the portable graph on ONNX
-    Runtime.
+    Runtime. In a composition this is said of its main step; the others run on ONNX Runtime.
 
     Raises:
         Missing: ONNX Runtime is needed and not installed.
         Refused: the portable graph does not load, or its tensors are not those of the manifest.
     """
     for entry in manifest.engines:
-        source = EngineSource(entry.runtime, str(directory / entry.path), dict(entry.fingerprint))
+        main = EngineSource(entry.runtime, str(directory / entry.path), dict(entry.fingerprint))
+        source = with_steps(main, directory, manifest)
         try:
             engine = _open(source, manifest, settings)
         except AgentError as error:
             _log.warning("engine %s of %s is passed over: %s", entry.path, manifest.name, error.what)
             continue
         yield engine
-    yield _open(EngineSource("onnxruntime", str(directory / manifest.graph)), manifest, settings)
+    portable = EngineSource("onnxruntime", str(directory / manifest.graph))
+    yield _open(with_steps(portable, directory, manifest), manifest, settings)
 
 
 def open_as_set(source: EngineSource, settings: EngineSettings) -> Engine:
@@ -115,8 +117,12 @@ def open_here(source: EngineSource, settings: EngineSettings) -> Engine:
 
     Raises:
         Missing: its runtime is not here.
-        Refused: it was built for another device, or does not load.
+        Refused: it was built for another device, or does not load; or the steps of a composition do not fit.
     """
+    if source.steps:
+        from device_agent.composition.engine import open_composition  # most bundles have one graph
+
+        return open_composition(source, settings, open_here)
     runtime = load_runtime(source.runtime)
     _check_fingerprint(source, runtime)
     engine: Engine = runtime.open_graph(Path(source.path), settings)

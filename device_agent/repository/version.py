@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple
 
 from device_agent.batching.settings import Batching, QueuePolicy, problems
-from device_agent.manifest import SCHEMA_VERSION, Contract, Golden, Manifest
+from device_agent.manifest import Contract, Golden, Manifest
 from device_agent.models import LoadedModel, Models, is_batchable
 from device_agent.repository import files
 from device_agent.repository.completion import complete, specs
@@ -70,7 +70,7 @@ def _labels(directory: Path, config: ModelConfig) -> Dict[str, Tuple[str, ...]]:
 def _manifest(config: ModelConfig, version: int, graph: Path) -> Manifest:
     """What the agent knows of a bundle, for a model that came without one: it promises and proves nothing."""
     return Manifest(
-        schema=SCHEMA_VERSION,
+        schema=1,
         name=config.name,
         version=version,
         profile="",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from device_agent import manifest
 from device_agent.errors import ManifestError
+from device_agent.manifest_checks import safe_path
 from storage_kit import FILES, make_bundle, manifest_for
 
 _WORD = st.text("abcXYZ019._-", min_size=1, max_size=20)
@@ -64,7 +65,7 @@ def _delete(key: str) -> Callable[[Dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_set("schema", 2), "newer than this agent"),
+        (_set("schema", 3), "newer than this agent"),
         (_set("schema", True), "not a positive integer"),
         (_set("schema", "1"), "not a positive integer"),
         (_delete("schema"), "not a positive integer"),
@@ -160,7 +161,7 @@ def test_no_input_breaks_the_reader(data: bytes) -> None:
 @given(st.text(max_size=200))
 def test_a_safe_path_stays_below_its_directory(path: str) -> None:
     """A path that is called safe names something below the directory that it is joined to."""
-    if manifest.safe_path(path):
+    if safe_path(path):
         root = Path("/bundle")
         joined = root / path
         assert root in joined.parents

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from device_agent.manifest import DTYPES, TensorSpec
+from device_agent.manifest import TensorSpec
+from device_agent.manifest_checks import DTYPES
 from edgekit.errors import BadInput
 from edgekit.tensors import check_sample, numpy_dtype, protocol_dtype
 
