@@ -16,6 +16,7 @@ from calibration.methods.equalization import equalize
 from calibration.methods.rounding import Quantization, round_weights
 from calibration.methods.rows import Row, first_rows
 from calibration.methods.smoothing import smooth
+from calibration.methods.sparing import spare
 from calibration.observers import DEFAULT_PERCENTILE, OBSERVERS
 from calibration.placement import place
 from calibration.prepare import prepare
@@ -26,11 +27,13 @@ from calibration.sensitivity import Reference
 from calibration.targets import target_named
 
 #: In the order in which they are tried: those that change the ranges come before those that rest on them.
-METHODS = ("equalization", "smoothing", "rounding", "bias_correction")
+METHODS = ("equalization", "smoothing", "sparing", "rounding", "bias_correction")
 #: These come first and need new scales; they leave the float function as it is.
 _CHANGE_RANGES = frozenset({"equalization", "smoothing"})
 #: A method has to bring this much of the outputs' SQNR to be kept; less is within the noise of held-out rows.
 MIN_GAIN_DB = 0.1
+#: Layers in float cost time, so that they have to bring more.
+_MIN_SPARING_GAIN_DB = 0.5
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Choice:
         score: of ``quantized``; higher is better.
         metric: what scores are: ``task``, or ``sqnr_db`` of the outputs.
         attempts: all that was tried, in order.
+        spared: layers that were left in float because they hurt much and compute little.
     """
 
     observer: str
@@ -106,6 +110,7 @@ class Choice:
     score: float
     metric: str
     attempts: tuple[Attempt, ...]
+    spared: tuple[str, ...] = ()
 
     @property
     def scores(self) -> dict[str, float]:
@@ -161,6 +166,7 @@ def choose(
         score=best.score,
         metric=metric,
         attempts=tuple(replace(attempt, kept=attempt.name in kept) for attempt in attempts),
+        spared=best.spared,
     )
 
 
@@ -174,6 +180,7 @@ class _Candidate:
     quantized: Quantized
     score: float
     methods: tuple[str, ...] = ()
+    spared: tuple[str, ...] = ()
 
 
 class _Search:
@@ -214,19 +221,34 @@ class _Search:
                 attempts.append(Attempt(name, None, None, False, "it finds nothing to change in this model"))
                 continue
             attempts.append(_attempt(name, found.score, best.score))
-            if found.score > best.score + self._min_gain:
+            if found.score > best.score + self._worth(name):
                 best = found
         return best, attempts
 
     def _apply(self, name: str, best: _Candidate, rows: Sequence[Row]) -> _Candidate | None:
         """The best so far with one method more; None where the method changes nothing."""
-        changed = self._changed(name, best, rows)
         methods = (*best.methods, name)
+        if name == "sparing":
+            return self._spare(best, methods, rows)
+        changed = self._changed(name, best, rows)
         if changed is None:
             return None
         if name in _CHANGE_RANGES:
             return max(self._observe(changed, methods), key=lambda candidate: candidate.score)
-        return self._judge(changed, best.exact, best.scales, methods)
+        return self._judge(changed, best.exact, best.scales, methods, best.spared)
+
+    def _spare(self, best: _Candidate, methods: tuple[str, ...], rows: Sequence[Row]) -> _Candidate | None:
+        """The best so far with some layers in float."""
+        spared = spare(
+            best.model,
+            best.scales,
+            best.quantized.report.quantized,
+            rows,
+            lambda names: self._quantize(best.model, best.scales, names),
+            threads=self._options.threads,
+            out_of_time=self._late,
+        )
+        return self._judge(best.model, best.exact, best.scales, methods, spared) if spared else None
 
     def _changed(self, name: str, best: _Candidate, rows: Sequence[Row]) -> ModelProto | None:
         """The graph that a method makes of the best so far."""
@@ -244,9 +266,13 @@ class _Search:
         )
 
     def _quantization(self, best: _Candidate) -> Quantization:
-        placement = place(best.model, self._target, self._options.exclude)
+        placement = place(best.model, self._target, (*self._options.exclude, *best.spared))
         levels = WEIGHT_LEVELS[self._options.weight_bits]
         return Quantization(self._target, best.scales, placement.tensors, levels)
+
+    def _worth(self, name: str) -> float:
+        """What a method has to bring to be kept."""
+        return _MIN_SPARING_GAIN_DB if name == "sparing" and self._min_gain else self._min_gain
 
     def _late(self) -> bool:
         return time.monotonic() > self._deadline
@@ -265,13 +291,21 @@ class _Search:
             yield self._judge(model, model, scales, methods)
 
     def _judge(
-        self, model: ModelProto, exact: ModelProto, scales: Scales, methods: tuple[str, ...]
+        self,
+        model: ModelProto,
+        exact: ModelProto,
+        scales: Scales,
+        methods: tuple[str, ...],
+        spared: tuple[str, ...] = (),
     ) -> _Candidate:
+        quantized = self._quantize(model, scales, spared)
+        score = float(self._evaluate(quantized.model))
+        return _Candidate(model, exact, scales, quantized, score, methods, spared)
+
+    def _quantize(self, model: ModelProto, scales: Scales, spared: Sequence[str]) -> Quantized:
         options = self._options
-        quantized = quantize(
-            model, scales, options.target, exclude=options.exclude, weight_bits=options.weight_bits
-        )
-        return _Candidate(model, exact, scales, quantized, float(self._evaluate(quantized.model)), methods)
+        exclude = (*options.exclude, *spared)
+        return quantize(model, scales, options.target, exclude=exclude, weight_bits=options.weight_bits)
 
 
 def _attempt(name: str, score: float, before: float | None) -> Attempt:

@@ -11,11 +11,12 @@ from onnx import ModelProto
 
 from calibration.checkpoint import Checkpoint, Progress
 from calibration.errors import CalibrationError
-from calibration.graph import Array
+from calibration.graph import Array, Index
 from calibration.observers import DEFAULT_PERCENTILE, Observer, observer_named
 from calibration.prepare import prepare
 from calibration.probe import Probe
 from calibration.samples import check, rows, signature
+from calibration.saturation import useful_range, within
 from calibration.scales import Scales, TensorRange
 from calibration.storage import Source
 from calibration.workers import Workers
@@ -113,7 +114,8 @@ class _Run:
                 "the scales of activations come from real data",
                 "give at least one sample; a hundred or more is usual",
             )
-        return [_scales(probe, observer, rows_done) for observer in observers]
+        index = Index(prepared)
+        return [_scales(probe, observer, rows_done, index) for observer in observers]
 
     def _show(
         self, prepared: ModelProto, samples: Iterable[Mapping[str, Array]], probe: Probe, workers: int
@@ -140,11 +142,11 @@ class _Run:
         return at_work.done
 
 
-def _scales(probe: Probe, observer: Observer, samples: int) -> Scales:
+def _scales(probe: Probe, observer: Observer, samples: int, index: Index) -> Scales:
     """One observer's scales; tensors that never held a value are left out."""
     tensors = {}
     for name, collected in sorted(probe.collected.items()):
         if collected.elements:
-            lo, hi = observer.range(collected)
+            lo, hi = within(observer.range(collected), useful_range(name, index))
             tensors[name] = TensorRange(lo, hi, collected.lo, collected.hi, collected.elements)
     return Scales(observer.name, observer.settings, samples, tensors, dict(probe.macs.totals))
