@@ -149,6 +149,10 @@ class InferenceRoutes:
             await self._service.load(name, config, files)
         except ProtocolError as error:
             _respond_error(connection, error)
+        except Exception:
+            # Whatever a runtime or a disk raises, the client must not wait for ever.
+            _log.exception("model %s could not be loaded", name)
+            _respond_error(connection, ProtocolError(500, INTERNAL_ERROR))
         else:
             connection.respond(200, [])
 

@@ -88,7 +88,7 @@ class GoodClient:
             raise
 
     async def _send(self, link: Link, data: bytes) -> None:
-        if self._rng.random() < 0.1:  # cut anywhere
+        if data and self._rng.random() < 0.1:  # cut anywhere
             cut = self._rng.randrange(len(data))
             await link.send(data[:cut])
             data = data[cut:]
