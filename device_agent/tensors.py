@@ -66,7 +66,7 @@ def decode_binary(datatype: str, shape: Tuple[int, ...], data: memoryview) -> np
     expected = element_count(shape) * dtype.itemsize
     if len(data) != expected:
         raise TensorError(f"has {len(data)} bytes of data where its shape {list(shape)} needs {expected}")
-    array = _shaped(np.frombuffer(data, dtype=dtype), shape)
+    array = shaped(np.frombuffer(data, dtype=dtype), shape)
     # A runtime may read wide words from the pointer that it is given.
     return array if array.flags.aligned else array.copy()
 
@@ -103,13 +103,18 @@ def object_array(items: List[Any], shape: Tuple[int, ...]) -> np.ndarray[Any, An
     array = np.empty(len(items), dtype=object)
     for index, item in enumerate(items):
         array[index] = item
-    return _shaped(array, shape)
+    return shaped(array, shape)
 
 
-def _shaped(array: np.ndarray[Any, Any], shape: Tuple[int, ...]) -> np.ndarray[Any, Any]:
+def shaped(array: np.ndarray[Any, Any], shape: Tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """``array`` in another shape of as many elements.
+
+    Raises:
+        TensorError: it is empty, and the shape has sizes that numpy cannot hold.
+    """
     try:
         return array.reshape(shape)
-    except (ValueError, OverflowError) as error:  # empty, but with sizes that numpy cannot hold
+    except (ValueError, OverflowError) as error:
         raise TensorError(f"has the shape {list(shape)}, which is too large") from error
 
 
@@ -152,7 +157,7 @@ def decode_json(datatype: str, shape: Tuple[int, ...], data: Any) -> np.ndarray[
             array = np.array(flat, dtype=dtype)
     except (OverflowError, FloatingPointError) as error:
         raise TensorError(f"has an element outside the range of {datatype}") from error
-    return _shaped(array, shape)
+    return shaped(array, shape)
 
 
 def encode_json(datatype: str, array: np.ndarray[Any, Any]) -> List[Any]:

@@ -9,8 +9,16 @@ import numpy as np
 from device_agent.manifest import TensorSpec
 from device_agent.server.fields import ProtocolError
 from device_agent.server.interface import Shape
-from device_agent.server.wire import WireError, read_fields, read_packed_varints
-from device_agent.tensors import NUMPY_DTYPES, element_count, object_array
+from device_agent.server.wire import (
+    FIXED32,
+    FIXED64,
+    LENGTH_DELIMITED,
+    VARINT,
+    WireError,
+    read_fields,
+    read_packed_varints,
+)
+from device_agent.tensors import NUMPY_DTYPES, TensorError, element_count, object_array, shaped
 
 # The field of InferTensorContents that carries a datatype; FP16 and BF16 have none.
 _CONTENTS_FIELDS = {
@@ -38,15 +46,18 @@ def decode_contents(spec: TensorSpec, shape: Shape, data: memoryview) -> np.ndar
             f"input '{spec.name}' has {len(values)} {spec.dtype} elements in its contents where its shape "
             f"{list(shape)} needs {element_count(shape)}",
         )
-    if spec.dtype == "BYTES":
-        return object_array(list(values), shape)
-    return _narrowed(spec, np.asarray(values)).reshape(shape)
+    try:
+        if spec.dtype == "BYTES":
+            return object_array(list(values), shape)
+        return shaped(_narrowed(spec, np.asarray(values)), shape)
+    except TensorError as error:
+        raise ProtocolError(400, f"input '{spec.name}' {error}") from error
 
 
 def _bytes_values(data: memoryview) -> List[bytes]:
     return [
         bytes(value)
-        for number, _, value, _, _ in read_fields(data)
+        for number, _, value, _, _ in read_fields(data, max_fields=len(data))
         if number == _CONTENTS_FIELDS["BYTES"] and isinstance(value, memoryview)
     ]
 
@@ -55,15 +66,16 @@ def _number_values(datatype: str, wanted: int, data: memoryview) -> np.ndarray[A
     """All elements, whether they were packed, came in several pieces, or one by one."""
     fixed = NUMPY_DTYPES[datatype] if datatype in ("FP32", "FP64") else None
     pieces: List[np.ndarray[Any, Any]] = []
-    for number, wire_type, value, _, _ in read_fields(data):
-        if number != wanted:
+    alone = VARINT if fixed is None else FIXED32 if fixed.itemsize == 4 else FIXED64
+    for number, wire_type, value, _, _ in read_fields(data, max_fields=len(data)):
+        if number != wanted or wire_type not in (alone, LENGTH_DELIMITED):
             continue
         if isinstance(value, int):
             pieces.append(np.array([value], np.uint64))
         elif fixed is None:
             pieces.append(read_packed_varints(value))
         elif len(value) % fixed.itemsize:
-            raise WireError(f"wire type {wire_type} with {len(value)} bytes")
+            raise WireError(f"{len(value)} bytes of numbers that have {fixed.itemsize} each")
         else:
             pieces.append(np.frombuffer(value, fixed))
     return np.concatenate(pieces) if pieces else np.empty(0, fixed or np.uint64)

@@ -54,6 +54,9 @@ class GrpcInference:
             return await self.submit(open_envelope(message), final=False)
         except ProtocolError as error:
             failure = error
+        except Exception:
+            _log.exception("an inference request failed")
+            failure = ProtocolError(500, INTERNAL_ERROR)
         return await abort(context, failure)
 
     async def stream(self, requests: Any, context: Any) -> None:
@@ -193,9 +196,13 @@ class _Stream:
             request_id = envelope.id
             return stream_response(await self._inference.submit(envelope, final=True))
         except ProtocolError as error:
-            if self._is_strict:
-                raise
-            return stream_error(request_id, error.message)
+            failure = error
+        except Exception:
+            _log.exception("an inference request of a stream failed")
+            failure = ProtocolError(500, INTERNAL_ERROR)
+        if self._is_strict:
+            raise failure
+        return stream_error(request_id, failure.message)
 
     def _forget_unanswered(self) -> None:
         left: List[asyncio.Task[bytes]] = []

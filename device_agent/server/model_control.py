@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Dict, List, Mapping, Optional, Sequence
 
 from device_agent.errors import AgentError
 from device_agent.models import LoadedModel, Models
-from device_agent.server.fields import ProtocolError
+from device_agent.server.fields import ProtocolError, shown
 
 if TYPE_CHECKING:
     from device_agent.repository.repository import Repository
@@ -64,7 +64,7 @@ class ModelControl:
                 return await self._repository.load(name, config, files or {})
         except AgentError as error:
             raise ProtocolError(400, f"{error.what}: {error.why}") from error
-        raise ProtocolError(400, f"model '{name}' is not installed on this device")
+        raise ProtocolError(400, f"model {shown(name)} is not installed on this device")
 
     async def _load_bundle(self, name: str) -> Sequence[LoadedModel]:
         if self._models.get(name) is not None:

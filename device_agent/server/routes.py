@@ -10,7 +10,14 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 from device_agent.batching.job import Job
 from device_agent.server.connection import BINARY, JSON, Connection, Request
 from device_agent.server.content import compress, decompress
-from device_agent.server.fields import ProtocolError, error_body, load_json, load_parameters, object_field
+from device_agent.server.fields import (
+    ProtocolError,
+    error_body,
+    load_json,
+    load_parameters,
+    object_field,
+    shown,
+)
 from device_agent.server.interface import InferRequest
 from device_agent.server.paths import Route, parse_path
 from device_agent.server.protocol import ModelProtocol
@@ -64,7 +71,7 @@ class InferenceRoutes:
         if route is None:
             route = parse_path(request.target)
             if route is None:
-                raise ProtocolError(404, f"there is nothing at {request.target.decode('latin-1')!r}")
+                raise ProtocolError(404, f"there is nothing at {shown(request.target.decode('latin-1'))}")
             if len(self._routes) < _CACHED_ROUTES:
                 self._routes[request.target] = route
         if request.method != route.method:

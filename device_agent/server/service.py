@@ -32,7 +32,7 @@ from device_agent.engines.base import EngineUnavailable, InputError
 from device_agent.metrics import Metrics
 from device_agent.models import LoadedModel, Models
 from device_agent.server.documents import model_config, model_metadata, model_statistics
-from device_agent.server.fields import ProtocolError
+from device_agent.server.fields import ProtocolError, shown
 from device_agent.server.interface import Arrays, InferRequest, ModelInterface
 from device_agent.server.model_control import ModelControl
 from device_agent.server.shared_memory import Regions
@@ -222,9 +222,9 @@ def _job_error(name: str, error: Optional[Exception]) -> ProtocolError:
 
 def _not_found(name: str, version: Optional[str], serving: Sequence[LoadedModel]) -> ProtocolError:
     if not serving:
-        return ProtocolError(404, f"model '{name}' is not found")
+        return ProtocolError(404, f"model {shown(name)} is not found")
     has = ", ".join(loaded.version for loaded in serving)
-    return ProtocolError(404, f"model '{name}' has no version {version}; it has {has}")
+    return ProtocolError(404, f"model '{name}' has no version {(version or '')[:100]}; it has {has}")
 
 
 def _interface_of(loaded: LoadedModel) -> ModelInterface:

@@ -16,6 +16,8 @@ VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5
 
 _FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
 _MAX_VARINT_BYTES = 10
+_MAX_NUMBER = (1 << 29) - 1
+_MAX_FIELDS = 1 << 14  # of one message; reading millions would keep every other client waiting
 _MASK_64 = (1 << 64) - 1
 
 Value = Union[int, memoryview]
@@ -41,19 +43,27 @@ def read_varint(data: memoryview, position: int) -> Tuple[int, int]:
     raise WireError("a number is cut short or too long")
 
 
-def read_fields(data: memoryview) -> Iterator[Tuple[int, int, Value, int, int]]:
+def read_fields(
+    data: memoryview, max_fields: int = _MAX_FIELDS
+) -> Iterator[Tuple[int, int, Value, int, int]]:
     """Every field of a message, in the order of its bytes.
+
+    Args:
+        data: the message.
+        max_fields: how many it may have.
 
     Yields:
         Number; wire type; the number of a varint, or a view on the bytes of the other types; where the field,
         tag included, starts and stops.
 
     Raises:
-        WireError: the message is cut short or has an invalid tag.
+        WireError: the message is cut short, has an invalid tag, or too many fields.
     """
-    position, end = 0, len(data)
+    position, end, left = 0, len(data), max_fields
     while position < end:
-        start = position
+        start, left = position, left - 1
+        if left < 0:
+            raise WireError(f"it has more than {max_fields} fields")
         tag, position = read_varint(data, position)
         number, wire_type = tag >> 3, tag & 7
         value: Value
@@ -70,8 +80,8 @@ def read_fields(data: memoryview) -> Iterator[Tuple[int, int, Value, int, int]]:
                 raise WireError("a field is cut short")
             value = data[position : position + size]
             position += size
-        if number == 0:
-            raise WireError("a field has the number 0")
+        if not 0 < number <= _MAX_NUMBER:
+            raise WireError("a field has an invalid number")
         yield number, wire_type, value, start, position
 
 

@@ -66,7 +66,7 @@ def _regions() -> Regions:
     return regions
 
 
-_REGIONS = _regions()
+region_view = _regions().view
 
 # What is written where something else belongs
 
@@ -124,7 +124,8 @@ def _object(c: Choices, fields: Sequence[tuple[bytes, bytes]]) -> bytes:
 # Requests that are nearly right
 
 
-def _shape(c: Choices, spec: TensorSpec, rows: int) -> list[int]:
+def shape_of(c: Choices, spec: TensorSpec, rows: int) -> list[int]:
+    """A shape that fits the model, where ``rows`` do."""
     return [
         (rows if axis == 0 else c.below(4)) if size == -1 else size for axis, size in enumerate(spec.shape)
     ]
@@ -148,7 +149,7 @@ def _raw(c: Choices, spec: TensorSpec, count: int) -> bytes:
 
 def _input(c: Choices, spec: TensorSpec, rows: int) -> tuple[bytes, bytes]:
     """The JSON of an input, and the bytes that belong behind the JSON."""
-    shape = _shape(c, spec, rows)
+    shape = shape_of(c, spec, rows)
     count = element_count(shape)
     fields = [
         (b"name", json.dumps(spec.name).encode()),
@@ -245,33 +246,35 @@ def run(data: bytes) -> str:
         Exception: whatever it is, it is a bug.
     """
     interface, body, coding, json_bytes = build(data)
-    protocol = ModelProtocol(interface, _REGIONS.view)
+    protocol = ModelProtocol(interface, region_view)
     try:
         plain = decompress(memoryview(body), coding, MAX_BODY_BYTES)
         request = protocol.decode(plain, json_bytes)
     except ProtocolError as error:
-        _check_error(error, (400, 413, 501))
+        check_error(error, (400, 413, 501))
         return "refused"
-    _check_request(interface, request)
+    check_request(interface, request)
     again = protocol.decode(plain, json_bytes)  # from the cache, where it is cached
     _check_equal(request, again)
     try:
         answer = protocol.encode(request, OUTPUTS)
     except ProtocolError as error:
-        _check_error(error, (400,))
+        check_error(error, (400,))
         return "refused"
     _check_answer(request, answer)
     return "served"
 
 
-def _check_error(error: ProtocolError, statuses: tuple[int, ...]) -> None:
+def check_error(error: ProtocolError, statuses: tuple[int, ...]) -> None:
+    """Hold an error to what clients can read."""
     if error.status not in statuses or len(error.message) > _MAX_MESSAGE:
         raise Broken(f"status {error.status}, a message of {len(error.message)} characters")
     if json.loads(error_body(error.message))["error"] != error.message:
         raise Broken("the message does not arrive")
 
 
-def _check_request(interface: ModelInterface, request: InferRequest) -> None:
+def check_request(interface: ModelInterface, request: InferRequest) -> None:
+    """Hold a request that was accepted to what the model takes."""
     head = request.head
     if set(request.inputs) != set(interface.inputs):
         raise Broken(f"inputs {sorted(request.inputs)}")

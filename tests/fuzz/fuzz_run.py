@@ -1,6 +1,6 @@
 """Fuzz for long.
 
-python tests/fuzz/fuzz_run.py [--seconds 1200] [--targets infer,connection] [--json]
+python tests/fuzz/fuzz_run.py [--seconds 1200] [--targets infer,connection,grpc] [--json]
 
 Each target runs in a process of its own with atheris (libFuzzer with the coverage of Python code), in an
 environment under .bench/ that is made when it is first needed; where atheris has no wheel, inputs are changed
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from serving.venvs import Environment
 
 ROOT = Path(__file__).parents[2]
-TARGETS = ("infer", "connection")
+TARGETS = ("infer", "connection", "grpc")
 _CORPUS = ROOT / ".bench" / "fuzz-corpus"
 _MAX_BYTES = 600
 _BATCH = 1000

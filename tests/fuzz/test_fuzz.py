@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fuzz_connection
+import fuzz_grpc
 import fuzz_infer
 import pytest
 from fuzz_explore import explore
+from tritonclient.grpc import service_pb2
 
 
 def test_no_body_breaks_the_protocol() -> None:
@@ -20,7 +22,23 @@ def test_no_bytes_break_a_connection() -> None:
     assert min(outcomes["open"], outcomes["ended"], outcomes["lost"]) > 100
 
 
-@pytest.mark.parametrize("target", [fuzz_infer, fuzz_connection])
+def test_no_message_breaks_grpc() -> None:
+    """Whatever a message holds, it is refused with a status that can be read, or it is a whole request."""
+    outcomes = explore(fuzz_grpc.run, list(fuzz_grpc.seeds()), executions=8_000, seed=1)
+    assert min(outcomes["served"], outcomes["refused"]) > 500
+
+
+def test_messages_are_read_as_protocol_buffers_reads_them() -> None:
+    """What is accepted means the same to Triton's client, byte for byte."""
+    reference = service_pb2.ModelInferRequest.FromString
+    seeds = list(fuzz_grpc.seeds())
+    outcomes = explore(lambda data: fuzz_grpc.differs(data, reference), seeds, executions=6_000, seed=2)
+    assert outcomes["same"] > 2000
+    assert outcomes["both refuse"] > 200
+    assert outcomes["stricter"] < 200
+
+
+@pytest.mark.parametrize("target", [fuzz_infer, fuzz_connection, fuzz_grpc])
 def test_seeds_reach_every_outcome(target: object) -> None:
     """The seeds from which a long run starts are themselves both good and bad."""
     assert len({target.run(seed) for seed in target.seeds()}) >= 2  # type: ignore[attr-defined]
