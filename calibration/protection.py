@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from onnx import ModelProto
 
 from calibration.graph import Array
+from calibration.methods.layers import restored
 from calibration.prepare import prepare
 from calibration.quantizer import Quantized, quantize
 from calibration.scales import Scales
@@ -38,6 +39,7 @@ def protect(
     evaluate: Callable[[ModelProto], float],
     at_least: float,
     *,
+    exact: ModelProto | None = None,
     max_kept: int = 8,
     target: str = "onnxruntime",
     weight_bits: int = 8,
@@ -51,6 +53,8 @@ def protect(
         samples: a handful, for ``sensitivity``; read only where the whole INT8 model is not good enough.
         evaluate: the task's metric of a model, higher is better.
         at_least: the score to reach.
+        exact: where ``model`` has rounded weights or corrected biases (``Choice.model``), the graph without
+            them (``Choice.exact``): what is kept in float computes as there.
         max_kept: how many layers may stay in float at most; at least one layer stays in int8.
         target: the runtime, as for ``quantize``.
         weight_bits: 8 or 7, as for ``quantize``.
@@ -63,16 +67,18 @@ def protect(
         CalibrationError: as ``quantize`` and ``sensitivity``.
     """
     prepared = prepare(model)
+    original = prepared if exact is None else prepare(exact)
 
     def attempt(kept: tuple[str, ...]) -> Protected:
-        quantized = quantize(prepared, scales, target, exclude=kept, weight_bits=weight_bits)
+        graph = restored(prepared, original, kept)
+        quantized = quantize(graph, scales, target, exclude=kept, weight_bits=weight_bits)
         score = float(evaluate(quantized.model))
         return Protected(quantized, kept, score, met=score >= at_least)
 
     best = attempt(())
     if best.met:
         return best
-    order = [entry.node for entry in sensitivity(prepared, scales, samples, target, threads=threads)]
+    order = [entry.node for entry in sensitivity(original, scales, samples, target, threads=threads)]
     for count in range(1, min(max_kept, len(order) - 1) + 1):
         found = attempt(tuple(order[:count]))
         if found.met:

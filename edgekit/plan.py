@@ -89,9 +89,7 @@ def make_plan(sources: Sources, profile: Profile, recipe: Recipe, metric: str) -
     for precision in precisions:
         graph = exported
         if precision != "fp32":
-            settings = recipe.quantize.model_dump() if precision == "int8" else None
-            config = {"precision": precision, "quantize": settings}
-            graph = builder.add(f"quantize.{precision}", "quantize", config, {"graph": exported})
+            graph = _quantized(builder, precision, recipe, metric, original, exported)
         engine = builder.add(f"build.{precision}", "build", build, {"graph": graph})
         verified = builder.add(
             f"verify.{precision}",
@@ -119,6 +117,25 @@ def _graphs(builder: _Builder, recipe: Recipe, size: float) -> tuple[str, str]:
     recover = {"recover": recipe.recover.model_dump(), "seed": recipe.seed, "threads": _threads(recipe)}
     recovered = builder.add("recover", "recover", recover, {"model": pruned})
     return original, builder.add("export.pruned", "export", export, {"model": recovered})
+
+
+def _quantized(
+    builder: _Builder, precision: str, recipe: Recipe, metric: str, original: str, exported: str
+) -> str:
+    """Add the step that makes a graph in another precision; INT8 is told what it may lose of the metric."""
+    if precision != "int8":
+        config: dict[str, Any] = {"precision": precision, "quantize": None, "bound": None}
+        return builder.add(f"quantize.{precision}", "quantize", config, {"graph": exported})
+    bound = None
+    if recipe.contract.max_drop is not None:
+        bound = {
+            "max_drop": recipe.contract.max_drop,
+            "metric": metric,
+            "metric_source": accuracy.source(metric),
+        }
+    config = {"precision": precision, "quantize": recipe.quantize.model_dump(), "bound": bound}
+    inputs = {"graph": exported} if bound is None else {"graph": exported, "original": original}
+    return builder.add("quantize.int8", "quantize", config, inputs)
 
 
 class _Builder:

@@ -73,6 +73,8 @@ class Accelerator(_Strict):
         clock_mhz: the clock that the peaks are for.
         ops_per_cycle: operations that one core starts a cycle, by precision; tensor cores' share is spread
             over the CUDA cores. Only the plausibility check reads it.
+        saturating_int8: whether its u8 x s8 products are added in pairs in 16 bits, which saturate: x86
+            without VNNI. Weights then get 7 bits.
         source: where cores, clock and operations come from.
     """
 
@@ -82,6 +84,7 @@ class Accelerator(_Strict):
     cores: PositiveInt
     clock_mhz: Positive
     ops_per_cycle: dict[Precision, Positive] = {}
+    saturating_int8: bool = False
     source: Text
 
 

@@ -97,6 +97,17 @@ class Quantize(_Frozen):
     """``auto`` keeps the one whose INT8 graph has the best signal-to-noise on samples held out for it."""
     percentile: float = Field(99.99, gt=50, le=100)
     """Used by the percentile observer only."""
+    methods: tuple[Literal["equalization", "smoothing", "rounding", "bias_correction"], ...] = (
+        "equalization",
+        "smoothing",
+        "rounding",
+        "bias_correction",
+    )
+    """What is tried on top of the observer, each kept only if it helps; ``[]``: nothing."""
+    method_budget_s: float | None = Field(None, ge=0)
+    """No method begins after this many seconds, so the machine's speed decides; None: no limit."""
+    max_kept_float: int = Field(8, ge=0)
+    """Where INT8 misses the contract's ``max_drop``, at most so many of the worst layers stay in float."""
     max_samples: int = Field(512, ge=1)
     """Calibration stops after this many samples."""
 

@@ -140,6 +140,7 @@ def _candidate(
         "precision": precision,
         "pruning": _pruning(plan, ran),
         "calibrator": quantized.metadata["calibrator"] if quantized else None,
+        "calibration": quantized.metadata.get("calibration") if quantized else None,
         "layers_kept_high_precision": _kept(quantized),
     }
     missed = unmet(facts, contract, profile)

@@ -88,8 +88,7 @@ def _layers(index: Index, editor: Editor, names: Collection[str]) -> Iterator[_L
 
 def _bias(editor: Editor, layer: _Layer) -> Floats:
     """The bias as it is; zeros where there is none yet."""
-    node = editor.nodes[layer.site.node]
-    if len(node.input) > layer.site.slot and node.input[layer.site.slot]:
+    if editor.has(layer.site):
         return editor.read(layer.site)
     return np.zeros(outputs_of(editor.nodes[layer.name], editor.read(Site(layer.name, 1))), np.float32)
 

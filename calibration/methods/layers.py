@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from calibration.affine import Floats
-from calibration.graph import Array, Index, Names, array, attribute, integer
+from calibration.graph import Array, Index, Names, array, attribute, drop_unused_constants, integer
 
 _KINDS = ("Conv", "Gemm", "MatMul")
 
@@ -44,6 +45,11 @@ class Editor:
         """Look the nodes and constants up again, after the graph's lists were changed."""
         self.nodes: dict[str, NodeProto] = {node.name: node for node in self.model.graph.node}
         self._constants = {t.name: t for t in self.model.graph.initializer}
+
+    def has(self, site: Site) -> bool:
+        """Whether the node reads anything there."""
+        inputs = self.nodes[site.node].input
+        return len(inputs) > site.slot and bool(inputs[site.slot])
 
     def read(self, site: Site) -> Floats:
         """The constant's values as float32."""
@@ -121,3 +127,32 @@ def bias_site(node: NodeProto, index: Index) -> Site | None:
 
 def _outputs_first(node: NodeProto) -> bool:
     return node.op_type == "Gemm" and bool(integer(node, "transB", 0))
+
+
+def restored(model: ModelProto, original: ModelProto, names: Collection[str]) -> ModelProto:
+    """``model`` with the weights and biases that some of its layers have in ``original``.
+
+    Args:
+        model: a graph whose constants were replaced by an ``Editor``.
+        original: the graph before that, with the same nodes.
+        names: of the layers.
+
+    Returns:
+        A copy; ``model`` itself where there is nothing to restore.
+    """
+    if model is original or not names:
+        return model
+    before, editor = Editor(original), Editor(model)
+    index = Index(original)
+    for node in index.graph.node:
+        if node.name not in names or not is_layer(node, index):
+            continue
+        for site in (Site(node.name, 1), bias_site(node, index)):
+            if site is None:
+                continue
+            if before.has(site):
+                editor.write(site, before.read(site))
+            elif editor.has(site):
+                del editor.nodes[site.node].input[site.slot :]
+    drop_unused_constants(editor.model.graph)
+    return editor.model

@@ -44,6 +44,47 @@ class Figures(_Frozen):
     latency_ms: LatencyFigures
 
 
+class CalibrationAttempt(_Frozen):
+    """An observer or a method: signal to noise of the outputs with it, and the gain over the best before it.
+
+    Both are in decibels; null where there is nothing to compare, and ``why`` says why there is no score.
+    """
+
+    name: str
+    sqnr_db: float | None
+    gain_db: float | None
+    kept: bool
+    why: str | None
+
+
+class DropCheck(_Frozen):
+    """The metric on calibration data, by which layers were kept in float; ``protected`` is with these."""
+
+    metric: str
+    original: float
+    in_float: float
+    in_int8: float
+    protected: float
+    at_least: float
+
+
+class CalibrationResult(_Frozen):
+    """How an INT8 graph was made, and how much of it computes in int8.
+
+    ``drop`` is null where no largest loss was asked, or calibration data lacks the labels that it takes.
+    """
+
+    observer: str
+    methods: list[str]
+    samples: int
+    weight_bits: int
+    attempts: list[CalibrationAttempt]
+    int8_operators: int
+    float_operators: int
+    int8_macs_fraction: float | None
+    drop: DropCheck | None
+
+
 class CandidateFigures(Figures):
     """A candidate's figures, and its ratios to the original; ``reason`` says why it lost (null: chosen)."""
 
@@ -54,6 +95,7 @@ class CandidateFigures(Figures):
     precision: Literal["fp32", "fp16", "int8"]
     pruning: dict[str, Any] | None
     calibrator: str | None
+    calibration: CalibrationResult | None
     layers_kept_high_precision: dict[str, str]
     reason: str | None
 

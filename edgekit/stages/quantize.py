@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from edgekit.data import Dataset
 from edgekit.errors import BadInput
 from edgekit.measure import graph as graph_facts
+from edgekit.measure.drop import Bound, Judge, can_judge, keep_within
 from edgekit.profile import Profile
 from edgekit.recipe import Quantize
 from edgekit.stages.export import GRAPH_FILE
 from edgekit.stages.registry import Inputs
 from edgekit.tensors import Arrays
 
+if TYPE_CHECKING:
+    from calibration import Attempt, Choice
+
 SCALES_FILE = "scales.json"
-#: ``auto`` judges the observers on every so-manieth calibration sample, which it does not calibrate on.
+#: Observers and methods are judged on every so-manieth calibration sample, which is not calibrated on.
 _JUDGE_EVERY = 8
 _MOST_JUDGES = 32
+#: Calibration samples on which the contract's loss of the metric is checked.
+_MOST_SCORED = 256
 #: Samples that show the range of every tensor before a conversion to FP16.
 _RANGE_SAMPLES = 64
 
 
 class Config(BaseModel):
-    """Settings of this stage; ``quantize`` is None where the precision needs none."""
+    """Settings of this stage.
+
+    Attributes:
+        precision: of the graph that is made.
+        quantize: None where the precision needs none.
+        bound: how much of the metric INT8 may lose; None: not asked.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     precision: Literal["int8", "fp16"]
     quantize: Quantize | None
+    bound: Bound | None
 
 
 def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[str, Any]:
@@ -50,7 +64,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
         if config.precision == "fp16":
             converted, metadata = _to_fp16(graph, inputs)
         else:
-            converted, metadata = _to_int8(graph, inputs, config.quantize or Quantize(), out)
+            converted, metadata = _to_int8(graph, inputs, config, profile, out)
     except CalibrationError as error:
         raise BadInput(error.what, error.why, error.fix) from error
     graph_facts.strip(converted)
@@ -58,37 +72,87 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     return {"precision": config.precision, **metadata}
 
 
-def _to_int8(graph: Any, inputs: Inputs, settings: Quantize, out: Path) -> tuple[Any, dict[str, Any]]:
-    from calibration import Options, calibrate, choose, quantize
+def weight_bits(profile: Profile) -> int:
+    """Bits of INT8 weights: 7 where the processor's 16-bit sums would saturate."""
+    saturates = profile.runtime.name == "onnxruntime" and profile.accelerator.saturating_int8
+    return 7 if saturates else 8
 
-    count = inputs.sources.calib.count
-    total = settings.max_samples if count is None else min(count, settings.max_samples)
+
+def _to_int8(
+    graph: Any, inputs: Inputs, config: Config, profile: Profile, out: Path
+) -> tuple[Any, dict[str, Any]]:
+    settings, bits = config.quantize or Quantize(), weight_bits(profile)
+    data = inputs.sources.calib.take(settings.max_samples)
+    rest, judges = _split(data, settings)
+    choice = _choose(graph, rest, judges, settings, bits, inputs)
+    choice.scales.save(out / SCALES_FILE)
+    quantized, reasons, drop = choice.quantized, dict[str, str](), None
+    if config.bound is not None and can_judge(config.bound.metric, data):
+        original = inputs.artifacts["original"].path / GRAPH_FILE
+        shown = data.take(_MOST_SCORED)
+        judge = Judge(config.bound.metric, original, shown, inputs.sources.model, inputs.tick)
+        kept = keep_within(judge, config.bound, choice, judges, bits, settings.max_kept_float)
+        quantized, drop = kept.quantized, kept.facts
+        reasons = dict.fromkeys(kept.layers, "in int8 it costs more of the metric than the contract allows")
+    report = quantized.report
+    return quantized.model, {
+        "calibrator": choice.observer,
+        "samples": choice.scales.samples,
+        "kept_high_precision": dict(report.kept_float) | reasons,
+        "calibration": {
+            "observer": choice.observer,
+            "methods": list(choice.methods),
+            "samples": choice.scales.samples,
+            "weight_bits": bits,
+            "attempts": [_attempt(attempt) for attempt in choice.attempts],
+            "int8_operators": len(report.quantized) + len(report.joined),
+            "float_operators": report.float_operators,
+            "int8_macs_fraction": report.int8_macs_fraction,
+            "drop": drop,
+        },
+        "report": asdict(report),
+    }
+
+
+def _split(data: Dataset, settings: Quantize) -> tuple[Dataset, list[Arrays]]:
+    """What is calibrated on, and the samples that judge the candidates; none where there is no choice."""
+    if settings.observer != "auto" and not settings.methods:
+        return data, []
+    rest, held_out = data.split(_JUDGE_EVERY)
+    return rest, list(_Rows(held_out.take(_MOST_JUDGES)))
+
+
+def _choose(
+    graph: Any, data: Dataset, judges: list[Arrays], settings: Quantize, bits: int, inputs: Inputs
+) -> Choice:
+    """Try the recipe's observers and methods; without judges its first observer is taken as it is."""
+    from calibration import Options, choose
+    from calibration.observers import OBSERVERS
+
+    observers = OBSERVERS if settings.observer == "auto" else (settings.observer,)
+    options = Options(
+        observers=observers if judges else observers[:1],
+        methods=settings.methods if judges else (),
+        percentile=settings.percentile,
+        weight_bits=bits,
+        budget_s=settings.method_budget_s,
+    )
 
     def progress(done: int) -> None:
-        inputs.tick(done, total)
+        inputs.tick(done, max(done, data.count or 0))
 
-    calib, judges = inputs.sources.calib.take(settings.max_samples), list[Arrays]()
-    scores: dict[str, float] = {}
-    if settings.observer == "auto":
-        calib, held_out = calib.split(_JUDGE_EVERY)
-        judges = list(_Rows(held_out.take(_MOST_JUDGES)))
-    if judges:
-        options = Options(percentile=settings.percentile)
-        choice = choose(graph, _Rows(calib), judges, options, progress=progress)
-        scales, quantized, scores = choice.scales, choice.quantized, dict(choice.scores)
-    else:
-        observer = "minmax" if settings.observer == "auto" else settings.observer
-        scales = calibrate(
-            graph, _Rows(calib), observer=observer, percentile=settings.percentile, progress=progress
-        )
-        quantized = quantize(graph, scales)
-    scales.save(out / SCALES_FILE)
-    return quantized.model, {
-        "calibrator": scales.observer,
-        "scores_sqnr_db": scores,
-        "samples": scales.samples,
-        "kept_high_precision": dict(quantized.report.kept_float),
-        "report": asdict(quantized.report),
+    return choose(graph, _Rows(data), judges or list(_Rows(data.take(1))), options, progress=progress)
+
+
+def _attempt(attempt: Attempt) -> dict[str, Any]:
+    """JSON has no infinity: an INT8 graph without any error has no score."""
+    score = attempt.score if attempt.score is not None and math.isfinite(attempt.score) else None
+    return {
+        "name": attempt.name,
+        "sqnr_db": score,
+        "gain_db": attempt.gain,
+        "kept": attempt.kept,
+        "why": attempt.why,
     }
 
 

@@ -89,10 +89,10 @@ STAGES: dict[str, Stage] = {
     ),
     "quantize": Stage(
         "edgekit.stages.quantize",
-        {"graph": _GRAPHS},
+        {"graph": _GRAPHS, "original": _GRAPHS},
         "onnx",
-        ("calib",),
-        (),
+        ("model", "calib"),
+        ("runtime", "accelerator"),
         ("onnx", "onnxruntime", "numpy"),
     ),
     "build": Stage(

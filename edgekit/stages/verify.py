@@ -18,6 +18,7 @@ from edgekit.artifact import Artifact
 from edgekit.builders.onnxruntime import ENGINE_FILE
 from edgekit.data import Dataset
 from edgekit.measure import accuracy, latency
+from edgekit.measure.outputs import collect
 from edgekit.profile import Profile
 from edgekit.recipe import Measure
 from edgekit.stages.registry import Inputs
@@ -25,7 +26,6 @@ from edgekit.stages.registry import Inputs
 GOLDEN_INPUTS = "golden_inputs.npz"
 GOLDEN_OUTPUTS = "golden_outputs.npz"
 _GOLDEN_ROWS = 4
-_METRIC_BATCH = 16
 
 #: How far an engine on another processor may be from the golden outputs, as a share of the largest value
 #: of the output: float kernels differ in summation order; a changed rounding moves an INT8 value by a step.
@@ -51,7 +51,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     """
     held_out = inputs.sources.held_out.take(config.measure.max_samples)
     sessions = {role: _session(inputs.artifacts[role], config.threads) for role in ("original", "candidate")}
-    outputs, labels = _outputs(sessions, held_out, inputs)
+    outputs, labels = collect(sessions, held_out, inputs.sources.model, inputs.tick)
     scores = {
         role: accuracy.score(config.metric, values, outputs["original"], labels).as_json()
         for role, values in outputs.items()
@@ -74,40 +74,6 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
 
 def _session(engine: Artifact, threads: int) -> ort.Session:
     return ort.Session(engine.path / ENGINE_FILE, threads)
-
-
-def _outputs(
-    sessions: Mapping[str, ort.Session], data: Dataset, inputs: Inputs
-) -> tuple[dict[str, accuracy.Outputs], accuracy.Labels]:
-    """Run everything; outputs by role and name over all samples, and the labels."""
-    collected: dict[str, dict[str, list[np.ndarray[Any, Any]]]] = {role: {} for role in sessions}
-    labels: list[np.ndarray[Any, Any]] = []
-    size = _METRIC_BATCH if inputs.sources.model.inputs[0].shape[0] == -1 else 1
-    done = 0
-    for batch in data.batches(size):
-        for role, session in sessions.items():
-            for name, value in session.run(batch.inputs).items():
-                collected[role].setdefault(name, []).append(value)
-        if batch.labels is not None:
-            labels.append(batch.labels)
-        done += len(next(iter(batch.inputs.values())))
-        inputs.tick(done, data.count or done)
-    joined = {
-        role: {name: _join(values) for name, values in by_name.items()} for role, by_name in collected.items()
-    }
-    return joined, np.concatenate(labels) if labels else None
-
-
-def _join(values: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """Concatenate along the samples; per-token outputs of different lengths are filled with zeros."""
-    longest = tuple(max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True))
-    filled = [
-        np.pad(
-            value, [(0, 0), *((0, most - size) for most, size in zip(longest, value.shape[1:], strict=True))]
-        )
-        for value in values
-    ]
-    return np.concatenate(filled)
 
 
 def _golden(session: ort.Session, data: Dataset, engine: Artifact, out: Path) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import pytest
 from graphs import run
 from onnx import ModelProto
 
-from calibration import Scales, calibrate, protect, sensitivity, sqnr_db
+from calibration import Options, Scales, calibrate, choose, protect, sensitivity, sqnr_db
+from calibration.graph import Index, array
+from calibration.methods.layers import restored
 
 Evaluate = Callable[[ModelProto], float]
 
@@ -52,3 +54,31 @@ def test_an_impossible_score_gives_the_best(
     assert not found.met
     assert len(found.kept) <= 2
     assert found.score >= protect(residual_cnn, cnn_scales, [], evaluate, at_least=0.0).score
+
+
+def test_layers_in_float_compute_as_before_the_methods(residual_cnn: ModelProto, images: np.ndarray) -> None:
+    """With ``exact``, a kept layer has its own weights and bias again, not those fitted to int8."""
+    samples = [{"image": images[:16]}]
+    options = Options(observers=("minmax",), methods=("rounding", "bias_correction"), threads=1)
+    chosen = choose(residual_cnn, samples, [{"image": images[16:]}], options)
+    assert "rounding" in chosen.methods
+    found = protect(
+        chosen.model, chosen.scales, samples, lambda _: 0.0, 1.0, exact=chosen.exact, max_kept=1, threads=1
+    )
+    order = sensitivity(chosen.exact, chosen.scales, samples, threads=1)
+    graph = restored(chosen.model, chosen.exact, [order[0].node])
+    kept, others = _constants(graph), _constants(chosen.model)
+    exact = _constants(chosen.exact)
+    assert all(np.array_equal(a, b) for a, b in zip(kept[order[0].node], exact[order[0].node], strict=True))
+    del kept[order[0].node]
+    assert all(np.array_equal(a, b) for name in kept for a, b in zip(kept[name], others[name], strict=True))
+    assert not found.met
+
+
+def _constants(model: ModelProto) -> dict[str, list[np.ndarray]]:
+    constants = Index(model).constants
+    return {
+        node.name: [array(constants[name]) for name in node.input[1:]]
+        for node in model.graph.node
+        if node.op_type in ("Conv", "Gemm")
+    }

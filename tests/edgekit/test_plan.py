@@ -75,7 +75,9 @@ _FP32 = {"build.fp32", "verify.fp32"}
         ({"contract__size": 0.5}, {"prune"} | _PRUNED | _INT8 | _FP16 | _FP32),
         ({"threads": 1}, {"recover"} | _PRUNED | _INT8 | _FP16 | _FP32),
         ({"seed": 1}, {"prune"} | _PRUNED | _INT8 | _FP16 | _FP32),
-        ({"contract__max_drop": 0.5, "contract__latency": "p95:1ms", "release__version": 7}, set()),
+        ({"contract__max_drop": 0.5}, _INT8),
+        ({"quantize__methods": []}, _INT8),
+        ({"contract__latency": "p95:1ms", "release__version": 7}, set()),
         ({"contract__size": 0.35}, set()),
     ],
 )

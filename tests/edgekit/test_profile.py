@@ -82,7 +82,9 @@ def test_shipped_profiles_are_plausible_and_named_after_their_file(name: str) ->
 
 def test_the_promised_devices_ship() -> None:
     """The devices of the documentation are there, with the runtime that their JetPack brings."""
-    assert set(profile.names()) >= {"x86-cpu", "arm64-cpu", "jetson-agx-xavier", "jetson-agx-orin"}
+    assert set(profile.names()) >= {
+        "x86-cpu", "x86-cpu-avx2", "arm64-cpu", "jetson-agx-xavier", "jetson-agx-orin",
+    }  # fmt: skip
     xavier = profile.load("jetson-agx-xavier")
     assert (xavier.accelerator.sm, xavier.highest_opset, xavier.runtime.versions) == (72, 17, "==8.5.2.*")
     assert profile.load("jetson-agx-orin").accelerator.sm == 87
