@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from onnx import ModelProto
@@ -40,6 +40,7 @@ def protect(
     at_least: float,
     *,
     exact: ModelProto | None = None,
+    exclude: Collection[str] = (),
     max_kept: int = 8,
     target: str = "onnxruntime",
     weight_bits: int = 8,
@@ -55,6 +56,7 @@ def protect(
         at_least: the score to reach.
         exact: where ``model`` has rounded weights or corrected biases (``Choice.model``), the graph without
             them (``Choice.exact``): what is kept in float computes as there.
+        exclude: layers that are in float anyway (``Choice.spared``).
         max_kept: how many layers may stay in float at most; at least one layer stays in int8.
         target: the runtime, as for ``quantize``.
         weight_bits: 8 or 7, as for ``quantize``.
@@ -71,14 +73,15 @@ def protect(
 
     def attempt(kept: tuple[str, ...]) -> Protected:
         graph = restored(prepared, original, kept)
-        quantized = quantize(graph, scales, target, exclude=kept, weight_bits=weight_bits)
+        quantized = quantize(graph, scales, target, exclude=(*exclude, *kept), weight_bits=weight_bits)
         score = float(evaluate(quantized.model))
         return Protected(quantized, kept, score, met=score >= at_least)
 
     best = attempt(())
     if best.met:
         return best
-    order = [entry.node for entry in sensitivity(original, scales, samples, target, threads=threads)]
+    harm = sensitivity(original, scales, samples, target, threads=threads)
+    order = [entry.node for entry in harm if entry.node not in exclude]
     for count in range(1, min(max_kept, len(order) - 1) + 1):
         found = attempt(tuple(order[:count]))
         if found.met:

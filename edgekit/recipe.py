@@ -97,9 +97,10 @@ class Quantize(_Frozen):
     """``auto`` keeps the one whose INT8 graph has the best signal-to-noise on samples held out for it."""
     percentile: float = Field(99.99, gt=50, le=100)
     """Used by the percentile observer only."""
-    methods: tuple[Literal["equalization", "smoothing", "rounding", "bias_correction"], ...] = (
+    methods: tuple[Literal["equalization", "smoothing", "sparing", "rounding", "bias_correction"], ...] = (
         "equalization",
         "smoothing",
+        "sparing",
         "rounding",
         "bias_correction",
     )

@@ -124,6 +124,7 @@ def keep_within(
         score,
         at_least,
         exact=choice.exact,
+        exclude=choice.spared,
         max_kept=max_kept,
         weight_bits=weight_bits,
     )

@@ -86,14 +86,15 @@ def _to_int8(
     rest, judges = _split(data, settings)
     choice = _choose(graph, rest, judges, settings, bits, inputs)
     choice.scales.save(out / SCALES_FILE)
-    quantized, reasons, drop = choice.quantized, dict[str, str](), None
+    quantized, drop = choice.quantized, None
+    reasons = dict.fromkeys(choice.spared, "it hurts int8 much and computes little")
     if config.bound is not None and can_judge(config.bound.metric, data):
         original = inputs.artifacts["original"].path / GRAPH_FILE
         shown = data.take(_MOST_SCORED)
         judge = Judge(config.bound.metric, original, shown, inputs.sources.model, inputs.tick)
         kept = keep_within(judge, config.bound, choice, judges, bits, settings.max_kept_float)
         quantized, drop = kept.quantized, kept.facts
-        reasons = dict.fromkeys(kept.layers, "in int8 it costs more of the metric than the contract allows")
+        reasons |= dict.fromkeys(kept.layers, "in int8 it costs more of the metric than the contract allows")
     report = quantized.report
     return quantized.model, {
         "calibrator": choice.observer,

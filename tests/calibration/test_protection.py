@@ -46,6 +46,17 @@ def test_the_worst_layers_are_kept_first(
     assert set(found.quantized.report.kept_float) == set(found.kept)
 
 
+def test_what_is_excluded_stays_in_float(
+    residual_cnn: ModelProto, cnn_scales: Scales, images: np.ndarray
+) -> None:
+    """Layers that are in float anyway stay there, and are not counted among those that are kept."""
+    found = protect(
+        residual_cnn, cnn_scales, [{"image": images}], lambda _: 0.0, 1.0, exclude=("fc",), max_kept=1
+    )
+    assert "fc" in found.quantized.report.kept_float
+    assert "fc" not in found.kept
+
+
 def test_an_impossible_score_gives_the_best(
     residual_cnn: ModelProto, cnn_scales: Scales, images: np.ndarray, evaluate: Evaluate
 ) -> None:
