@@ -1,7 +1,7 @@
 """The asyncio shell around :mod:`device_agent.batching.scheduler`: clock, event loop and engine.
 
 Everything here runs on the event loop. A batch runs on the model's own thread, so that the loop keeps reading
-and writing; where a run is known to be shorter than ``inline_below_s``, it runs on the loop itself.
+and writing; where a run is known to be shorter than a thread is worth, it runs on the loop itself.
 """
 
 from __future__ import annotations
@@ -159,12 +159,12 @@ class Batcher:
     def _start(self, batch: List[Job]) -> None:
         expected_s = self._scheduler.expected_s(batch)
         self._scheduler.started(batch, time.monotonic())
-        if expected_s is not None and expected_s < self.settings.inline_below_s:
+        if expected_s is not None and expected_s < self._scheduler.inline_below_s:
             execute(self._engine, batch)
             self._settle(batch)
             if len(self._scheduler.queue):
                 self._plan_pump()
-            self._answer(batch)
+            self._answer(batch)  # now: the next run on the loop would hold them up
             return
         if self._thread is None:
             loop = asyncio.get_running_loop()

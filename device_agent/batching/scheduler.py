@@ -197,6 +197,15 @@ class Scheduler:
         """How long a batch should run; None: not known yet."""
         return self.latency.predict(sum(job.rows for job in batch))
 
+    @property
+    def inline_below_s(self) -> float:
+        """Batches that are shorter run on the event loop.
+
+        Where returns are awaited those are only the shortest: while the loop runs an engine, it does not see
+        when clients come back.
+        """
+        return INLINE_BELOW_S if self._horizon_s else self._settings.inline_below_s
+
     # Learned
 
     def _learned(self, now_s: float) -> Learned:
@@ -205,7 +214,7 @@ class Scheduler:
 
     def _handover_s(self) -> float:
         one_s = self.latency.predict(1)
-        inline = one_s is not None and one_s < self._settings.inline_below_s
+        inline = one_s is not None and one_s < self.inline_below_s
         return _INLINE_HANDOVER_S if inline else _HANDOVER_S
 
     def _refresh(self) -> None:
