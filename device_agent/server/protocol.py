@@ -178,27 +178,22 @@ class ModelProtocol:
         for wish in request.head.outputs:
             datatype, array = self.interface.answer_of(wish, outputs)
             if wish.shared is not None:
-                content = self._put_shared(wish.name, wish.shared, encode_binary(datatype, array))
+                put_shared(wish.name, wish.shared, encode_binary(datatype, array), self._view_shared)
+                # As Triton: NVIDIA's C++ client takes any parameters for those of binary data that follows.
+                content = ""
             elif wish.binary:
                 data = encode_binary(datatype, array)
                 buffers.append(data)
-                content = f'"parameters":{{"binary_data_size":{len(data)}}}'
+                content = f',"parameters":{{"binary_data_size":{len(data)}}}'
             else:
-                content = f'"data":{_dump_data(wish.name, datatype, array)}'
+                content = f',"data":{_dump_data(wish.name, datatype, array)}'
             shape = ",".join(map(str, array.shape))
             entries.append(
-                f'{{"name":{self._names[wish.name]},"datatype":"{datatype}","shape":[{shape}],{content}}}'
+                f'{{"name":{self._names[wish.name]},"datatype":"{datatype}","shape":[{shape}]{content}}}'
             )
         echo = "" if request.id is None else f'"id":{json.dumps(request.id)},'
         head = f'{self._opening}{echo}"outputs":[{",".join(entries)}]}}'.encode()
         return Answer([head, *buffers], len(head) if buffers else None)
-
-    def _put_shared(self, name: str, part: SharedPart, data: Buffer) -> str:
-        put_shared(name, part, data, self._view_shared)
-        return (
-            f'"parameters":{{"shared_memory_region":{json.dumps(part.region)},'
-            f'"shared_memory_offset":{part.offset},"shared_memory_byte_size":{len(data)}}}'
-        )
 
 
 # JSON data
