@@ -244,7 +244,8 @@ def _print(options: argparse.Namespace, document: Any, lines: List[str]) -> None
 
 def _changed(result: Mapping[str, Any]) -> List[str]:
     signer = f"signed by {result['signer']}" if result["signer"] else "not signed"
-    return [f"{result['state']} {result['name']} {result['version']} {result['digest'][:12]} ({signer})"]
+    line = f"{result['state']} {result['name']} {result['version']} {result['digest'][:12]} ({signer})"
+    return [line, result["pause"]] if result["pause"] else [line]
 
 
 def _version_line(version: Mapping[str, Any]) -> str:
@@ -255,7 +256,7 @@ def _version_line(version: Mapping[str, Any]) -> str:
 
 def _model_lines(model: Mapping[str, Any]) -> List[str]:
     serving = model["serving"]
-    lines = [f"{model['name']}: " + (f"serves {serving[:12]}" if serving else "not served")]
+    lines = [f"{model['name']}: " + (f"serves {serving[:12]}" if serving else model["pause"] or "not served")]
     lines += [f"  {_version_line(version)}" for version in model["versions"]]
     last: Optional[Dict[str, Any]] = model["last_operation"]
     if last is not None:

@@ -105,6 +105,8 @@ class Limits:
             second.
         idle_timeout_s: how long a connection may stay open without a request.
         drain_timeout_s: how long a stopping agent waits for the requests that it accepted.
+        memory_reserve_bytes: what an update must leave free to load a version beside the one that serves;
+            where it cannot, the old one is stopped first.
         max_upload_bytes: of all models together that came inside load requests.
     """
 
@@ -114,6 +116,7 @@ class Limits:
     header_timeout_s: float = 10.0
     idle_timeout_s: float = 75.0
     drain_timeout_s: float = 30.0
+    memory_reserve_bytes: int = 64 * 1024 * 1024
     max_upload_bytes: int = 256 * 1024 * 1024
 
 

@@ -33,7 +33,8 @@ from device_agent.manifest import Manifest
 from device_agent.model_state import ModelState
 from device_agent.signature import Signer, Trust
 from device_agent.store import Store, Version
-from device_agent.swap import Swap
+from device_agent.swap import Swap, stopped_first
+from device_agent.swap_plan import NOTHING_TO_STOP, SwapPlan
 
 if TYPE_CHECKING:
     from device_agent.models import Models
@@ -53,6 +54,7 @@ class Installed:
         state: ``committed``, or ``staged`` where nothing was to be activated.
         previous: digest of the version that was active before; None if there was none.
         signer: name of the key that signed it; empty if it is unsigned.
+        pause: why and for about how long nothing served meanwhile; empty: the old version did.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Installed:
     state: str
     previous: Optional[str]
     signer: str
+    pause: str
 
 
 class Lifecycle:
@@ -117,9 +120,10 @@ class Lifecycle:
                 self._store.add(bundle, head)
                 operation.enter("staged")
                 before = self._store.state(operation.name)
+                planned = NOTHING_TO_STOP
                 if activate:
-                    self._bring_up(operation, head.manifest, before.activated(head.digest))
-                return _installed(operation, head.manifest, before, signer)
+                    planned = self._bring_up(operation, head.manifest, before.activated(head.digest))
+                return _installed(operation, head.manifest, before, signer, planned)
 
     def activate(self, digest: str, on_state: Optional[OnState] = None) -> Installed:
         """Serve an installed version; ``digest`` may be shortened to six characters.
@@ -197,11 +201,23 @@ class Lifecycle:
             parsed, signer = self._check(operation.name, operation.digest)
             operation.enter("staged")
             before = self._store.state(operation.name)
-            self._bring_up(operation, parsed, target)
-            return _installed(operation, parsed, before, signer)
+            planned = self._bring_up(operation, parsed, target)
+            return _installed(operation, parsed, before, signer, planned)
 
-    def _bring_up(self, operation: Operation, manifest: Manifest, target: ModelState) -> None:
-        """Take a staged version to ``committed``; on any error everything is as it was."""
+    def _bring_up(self, operation: Operation, manifest: Manifest, target: ModelState) -> SwapPlan:
+        """Take a staged version to ``committed``; on any error everything is as it was.
+
+        Where memory does not hold both versions, the old one is stopped first, which is told beforehand.
+        """
+        planned = self._models.plan_swap(manifest)
+        if planned.pause_s is not None and operation.on_state is not None:
+            operation.on_state(str(planned))
+        with stopped_first(self._models, self._loop, operation.name, planned):
+            self._replace(operation, manifest, target)
+        self._tidy(operation.name, operation.digest)
+        return planned
+
+    def _replace(self, operation: Operation, manifest: Manifest, target: ModelState) -> None:
         name, before = operation.name, self._store.state(operation.name)
         loaded = self._models.prepare(
             self._store.directory(name, operation.digest), manifest, operation.digest
@@ -224,7 +240,6 @@ class Lifecycle:
                 self._write_back(name, before)
             raise
         swap.finish()
-        self._tidy(name, operation.digest)
 
     def _tidy(self, name: str, digest: str) -> None:
         """Free the space of old versions; a failure here takes nothing from what was committed."""
@@ -262,11 +277,12 @@ class Lifecycle:
     # Reports
 
     def _describe(self, name: str) -> Dict[str, Any]:
-        serving = self._models.get(name)
+        serving, pause = self._models.get(name), self._models.pause_of(name)
         return {
             "name": name,
             **asdict(self._store.state(name)),
             "serving": None if serving is None else serving.digest,
+            "pause": None if pause is None else str(pause),
             "last_operation": self._store.journal(name),
             "versions": [version.describe() for version in self._store.versions(name)],
         }
@@ -293,7 +309,15 @@ def _warn_unsigned(manifest: Manifest, signer: Signer) -> Signer:
     return signer
 
 
-def _installed(operation: Operation, manifest: Manifest, before: ModelState, signer: Signer) -> Installed:
+def _installed(
+    operation: Operation, manifest: Manifest, before: ModelState, signer: Signer, planned: SwapPlan
+) -> Installed:
     return Installed(
-        operation.name, operation.digest, manifest.version, operation.state, before.active, signer.name
+        operation.name,
+        operation.digest,
+        manifest.version,
+        operation.state,
+        before.active,
+        signer.name,
+        "" if planned.pause_s is None else str(planned),
     )

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,9 +27,10 @@ from device_agent.engines.base import Engine, EngineError, EngineSettings
 from device_agent.engines.source import EngineSource
 from device_agent.errors import Refused
 from device_agent.manifest import Manifest
-from device_agent.memory import give_back
+from device_agent.memory import give_back, resident_bytes
 from device_agent.metrics import Metrics
 from device_agent.selftest import SelfTest, check, load_arrays
+from device_agent.swap_plan import NOTHING_TO_STOP, Cost, SwapPlan, available_bytes, estimate, plan
 from device_agent.warmup import learn_latency
 
 _log = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ class LoadedModel:
         selftest: how close it came to the golden outputs.
         batchable: whether requests may share a run: every tensor has a free batch axis.
         config: of a repository's model, its configuration in Triton's JSON form.
+        cost: what loading it took.
         labels: the names of the classes, by output; outputs without names are not in it.
     """
 
@@ -58,6 +62,7 @@ class LoadedModel:
     batchable: bool
     config: Optional[Mapping[str, Any]] = None
     labels: Mapping[str, Tuple[str, ...]] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
 
     @property
     def version(self) -> str:
@@ -73,6 +78,7 @@ class Models:
         self._metrics = metrics
         self._serving: Dict[str, Tuple[LoadedModel, ...]] = {}  # by name; versions ascend
         self._repository_names: Set[str] = set()
+        self._pauses: Dict[str, SwapPlan] = {}
         self._shares = Shares(config.concurrent_runs)
 
     def prepare(self, directory: Path, manifest: Manifest, digest: str) -> LoadedModel:
@@ -91,9 +97,13 @@ class Models:
             )
         settings = self._engine_settings(manifest.name)
         failure: Optional[Refused] = None
+        started_s, before_bytes = time.monotonic(), resident_bytes(os.getpid())
         for engine in candidates(directory, manifest, settings):
             try:
-                return self._bring_up(engine, directory, manifest, digest)
+                loaded = self._bring_up(engine, directory, manifest, digest)
+                apart = engine.process != os.getpid()
+                grown_bytes = resident_bytes(engine.process) - (0 if apart else before_bytes)
+                return replace(loaded, cost=Cost(max(0, grown_bytes), time.monotonic() - started_s))
             except Refused as error:
                 _log.warning("%s of %s: %s: %s", engine.runtime, manifest.name, error.what, error.why)
                 failure = error
@@ -113,6 +123,31 @@ class Models:
             raise
         give_back()
         return LoadedModel(manifest, digest, directory, engine, batcher, selftest, is_batchable(manifest))
+
+    def plan_swap(self, manifest: Manifest) -> SwapPlan:
+        """How a version would take the place of the one that serves, with what is free now."""
+        old = self.get(manifest.name)
+        if old is None:
+            return NOTHING_TO_STOP
+        needed_bytes = estimate(manifest, old.manifest, old.cost)
+        return plan(needed_bytes, available_bytes(self._config.limits.memory_reserve_bytes), old.cost.load_s)
+
+    def begin_pause(self, name: str, planned: SwapPlan) -> Optional[LoadedModel]:
+        """Serve ``name`` no more until :meth:`end_pause`; clients are told when to come back.
+
+        Returns:
+            The version that served, to be given to :meth:`retire`.
+        """
+        self._pauses[name] = planned
+        return self.unload(name)
+
+    def end_pause(self, name: str) -> None:
+        """The pause is over, whatever serves now."""
+        self._pauses.pop(name, None)
+
+    def pause_of(self, name: str) -> Optional[SwapPlan]:
+        """Why a model does not serve at the moment, if that is planned."""
+        return self._pauses.get(name)
 
     def open_graph(self, graph: Path, name: str, threads: Optional[int]) -> Engine:
         """Load an ONNX file that no bundle describes, as a model of ``name`` is configured. Blocks.

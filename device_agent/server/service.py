@@ -88,10 +88,14 @@ class InferenceService:
         """The model that answers to a name and, where one is given, a version.
 
         Raises:
-            ProtocolError: 404.
+            ProtocolError: 404; 503 in a planned pause.
         """
         loaded = self._models.get(name, version)
         if loaded is None:
+            pause = self._models.pause_of(name)
+            if pause is not None:
+                message = f"model '{name}' changes its version: {pause}"
+                raise ProtocolError(503, message, pause.pause_s or 0.0)
             raise _not_found(name, version, self._models.versions(name))
         known = self._served.get((name, loaded.version))
         if known is None or known.loaded is not loaded:

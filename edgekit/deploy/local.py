@@ -33,6 +33,7 @@ class Deployment:
         state: the state that the device reported last: ``committed``.
         previous: digest of the version that was active before; None if there was none.
         signer: name of the key that the device trusted; empty for an unsigned bundle.
+        pause: why and for about how long the device did not serve the model meanwhile; empty: it did.
     """
 
     address: str
@@ -42,6 +43,7 @@ class Deployment:
     state: str
     previous: str | None
     signer: str
+    pause: str = ""
 
 
 def deploy(bundle: Path, address: str, progress: Callable[[str], None]) -> Deployment:

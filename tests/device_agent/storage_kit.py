@@ -24,6 +24,7 @@ from device_agent.manifest import (
     Tolerance,
     dumps,
 )
+from device_agent.swap_plan import NOTHING_TO_STOP
 
 FILES = {
     "model.onnx": b"weights" * 500,
@@ -113,6 +114,14 @@ class FakeModels:
         if digest in self.broken:
             raise Refused("the golden outputs are not reproduced", "an output is off", "build it again")
         return SimpleNamespace(manifest=manifest, digest=digest)
+
+    def plan_swap(self, manifest: Manifest) -> Any:
+        """Both versions fit."""
+        return NOTHING_TO_STOP
+
+    def pause_of(self, name: str) -> Any:
+        """No pause is planned."""
+        return None
 
     def switch(self, loaded: Any) -> Any:
         """Serve it, and return what served."""
