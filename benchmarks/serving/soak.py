@@ -21,24 +21,28 @@ from typing import Any
 if __name__ == "__main__":  # last, because calibration.py there must not hide the package
     sys.path.append(str(Path(__file__).parents[1]))
 
+import grpc
 from common import document, finish
 
 from serving import client, wire
-from serving.peers.ours import ENVIRONMENT
 from serving.server import Server
 from serving.soaking.good import GoodClient
 from serving.soaking.hostile import HostileClient
 from serving.soaking.link import HANG_S, Closed, Hang, Link
-from serving.soaking.site import Here, Soaked, Upheaval, launch, metrics_address, prepare
+from serving.soaking.rpc import RpcClient
+from serving.soaking.site import Here, Soaked, Upheaval, address_of, launch, prepare
 from serving.soaking.tally import Tally
 from serving.soaking.watch import Counters, Held, MemoryWatch, errors_logged, held
-from serving.venvs import Environment
+from serving.venvs import Environment, agent_requirements
 from serving.venvs import prepare as prepare_environment
 
 CLAIM = "the agent serves on, right and bounded, whatever its clients do"
+ENVIRONMENT = Environment("agent-grpc", (*agent_requirements(), "grpcio==1.85.3"))
 _GOOD_CLIENTS = 8
 _HOSTILE_CLIENTS = 8
+_RPC_CLIENTS = 3
 _SWAP_PAUSE_S = 1.0
+_FIRST_CONTACT_S = 1.0
 _SETTLE_S = 6.0
 _STOP_S = 10.0
 _QUICK_S = 20.0
@@ -85,20 +89,20 @@ def soak(work: Path, environment: Environment | Here, seconds: float, seed: int)
     soaked, tally, log = prepare(work, environment), Tally(), work / "agent.log"
     server = Server(launch(soaked, environment), log, [wire.get("/v2/health/ready")])
     try:
-        watch, upheaval, start = (
-            MemoryWatch(server),
-            Upheaval(soaked, server.address, _SWAP_PAUSE_S),
-            held(server),
-        )
+        watch, upheaval = MemoryWatch(server), Upheaval(soaked, server.address, _SWAP_PAUSE_S)
+        doors = server.address, address_of("grpc", log)
+        asyncio.run(_crowd(soaked, *doors, tally, _FIRST_CONTACT_S, seed))
+        time.sleep(_FIRST_CONTACT_S)
+        start = held(server)  # with all that is opened once, when it is first needed
         watch.start()
         upheaval.start()
-        asyncio.run(_crowd(soaked, server.address, tally, seconds, seed))
+        asyncio.run(_crowd(soaked, *doors, tally, seconds, seed + 1000))
         upheaval.stop()
         watch.stop()
         if upheaval.failure is not None:
             tally.violate(f"a swap or a load failed: {upheaval.failure!r}")
         end = _settled(server, start)
-        _compare_counters(Counters(metrics_address(log)), tally, soaked)
+        _compare_counters(Counters(address_of("metrics", log)), tally, soaked)
         stopped_s = _stop(server)
         growth_bound = _GROWTH_FRACTION if seconds >= _LONG_S else _SHORT_GROWTH_FRACTION
         figures = _figures(tally, upheaval, watch, (start, end), errors_logged(log), stopped_s)
@@ -110,7 +114,9 @@ def soak(work: Path, environment: Environment | Here, seconds: float, seed: int)
 # Clients
 
 
-async def _crowd(soaked: Soaked, address: client.Address, tally: Tally, seconds: float, seed: int) -> None:
+async def _crowd(
+    soaked: Soaked, address: client.Address, rpc: client.Address, tally: Tally, seconds: float, seed: int
+) -> None:
     end_s = time.monotonic() + seconds
     good = [GoodClient(soaked, tally, number, seed + number) for number in range(_GOOD_CLIENTS)]
     spare = GoodClient(soaked, tally, _GOOD_CLIENTS, seed)  # whose requests the hostile ones abuse
@@ -118,7 +124,11 @@ async def _crowd(soaked: Soaked, address: client.Address, tally: Tally, seconds:
     try:
         visits = [one.visit_ahead if number % 4 == 3 else one.visit for number, one in enumerate(good)]
         visits += [one.visit for one in hostile]
-        await asyncio.gather(*(_come_again(address, tally, visit, end_s) for visit in visits))
+        others = [RpcClient(soaked, tally, "{}:{}".format(*rpc), seed + n) for n in range(_RPC_CLIENTS)]
+        await asyncio.gather(
+            *(_come_again(address, tally, visit, end_s) for visit in visits),
+            *(_call_again(one, tally, end_s) for one in others),
+        )
         async with Link(address) as link:
             await link.send(wire.post("/v2/systemsharedmemory/unregister", b"{}", ""))
             await link.receive()
@@ -140,6 +150,16 @@ async def _come_again(address: client.Address, tally: Tally, visit: Any, end_s: 
                 tally.violate(f"{visit.__qualname__}: closed without an answer")
         except OSError as error:
             tally.violate(f"{visit.__qualname__}: {error!r}")
+
+
+async def _call_again(one: RpcClient, tally: Tally, end_s: float) -> None:
+    while time.monotonic() < end_s:
+        try:
+            await asyncio.wait_for(one.visit(), HANG_S)
+        except asyncio.TimeoutError:
+            tally.violate(f"gRPC: nothing came for {HANG_S:g} s")
+        except grpc.RpcError as error:
+            tally.violate(f"gRPC: {error!r}")
 
 
 # What is left

@@ -24,7 +24,7 @@ MAX_BODY_BYTES = 1 << 20
 HEADER_TIMEOUT_S = 2.0
 LIMITS = (
     f"[limits]\nmax_body_bytes = {MAX_BODY_BYTES}\nheader_timeout_s = {HEADER_TIMEOUT_S}\n"
-    "idle_timeout_s = 4\nmax_queue_size = 64\n"
+    "idle_timeout_s = 4\nmax_queue_size = 64\n[grpc]\nenabled = true\nport = 0\n"
 )
 FRAGILE_ROWS = 8
 _FRAGILE_WIDTH = 4
@@ -80,11 +80,11 @@ def launch(soaked: Soaked, environment: Environment | Here) -> Launch:
     return Launch(agent_command(environment, soaked.site, "serve"), soaked.site.port, agent_variables())  # type: ignore[arg-type]
 
 
-def metrics_address(log: Path) -> client.Address:
-    """Where the agent said that it serves its metrics."""
-    match = re.search(r"metrics=(\S+):(\d+)", log.read_text())
+def address_of(door: str, log: Path) -> client.Address:
+    """Where the agent said that it serves ``metrics`` or ``grpc``."""
+    match = re.search(rf"{door}=(\S+):(\d+)", log.read_text())
     if match is None:
-        raise RuntimeError("the agent did not say where its metrics are")
+        raise RuntimeError(f"the agent did not say where its {door} is")
     return match.group(1), int(match.group(2))
 
 
