@@ -19,7 +19,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from device_agent.affinity import ANYWHERE, Placement, parse_cpus, resolve
 from device_agent.batching.batcher import Batcher, BatcherSettings
-from device_agent.batching.cores import Shares, inline_below_s
+from device_agent.batching.cores import Shares, on_one_core
 from device_agent.batching.settings import Batching
 from device_agent.config import Config
 from device_agent.engines import candidates, keep_up, open_as_set
@@ -266,7 +266,7 @@ class Models:
             batching=model.batching or batching,
             slo_s=model.slo_ms / 1e3 or None,
             weight=model.weight,
-            inline_below_s=inline_below_s(placed),
+            one_core=on_one_core(placed),
             # An isolated engine's process has its place; what is left here only waits for it.
             placement=ANYWHERE if placed.isolate else placed.placement,
         )

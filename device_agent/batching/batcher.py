@@ -172,10 +172,17 @@ class Batcher:
         self._thread.run(batch)
 
     def _finish(self, batch: List[Job]) -> None:
-        """A batch is back from the thread: set the engine to work again before anything else."""
+        """A batch is back from the thread: set the engine to work again before anything else.
+
+        Not on a single core, where it would hold up the answers.
+        """
         self._settle(batch)
-        self._pump()
-        self._answer(batch)
+        if self.settings.one_core:
+            self._answer(batch)
+            self._pump()
+        else:
+            self._pump()
+            self._answer(batch)
 
     def _settle(self, batch: List[Job]) -> None:
         self._scheduler.finished(batch, time.monotonic())

@@ -5,13 +5,8 @@ from __future__ import annotations
 import os
 from typing import Dict, Set, Tuple
 
-from device_agent.batching.scheduler import INLINE_BELOW_S
 from device_agent.batching.share import EngineShare
 from device_agent.engines.base import EngineSettings
-
-# On a single core a thread overlaps nothing with the event loop, and what it costs to go there and back is
-# lost. Longer runs still go to a thread, so that health checks and refusals do not wait for them.
-_INLINE_ON_ONE_CORE_BELOW_S = 5e-3
 
 
 class Shares:
@@ -36,15 +31,9 @@ def places(settings: EngineSettings) -> int:
     return max(1, cores // (settings.threads or cores))
 
 
-def inline_below_s(settings: EngineSettings) -> float:
-    """Which batches of a model run on the event loop itself: those that should be shorter than this.
-
-    None of a model with cores of its own, where the loop is not; none of one in a process that may hang.
-    """
-    if settings.isolate or settings.placement:
-        return 0.0
-    alone = len(own_cores()) == 1
-    return _INLINE_ON_ONE_CORE_BELOW_S if alone else INLINE_BELOW_S
+def on_one_core(settings: EngineSettings) -> bool:
+    """Whether a model's engine has no other core than the event loop has."""
+    return len(own_cores()) == 1 and not settings.placement.cpus and not settings.isolate
 
 
 def own_cores() -> Set[int]:

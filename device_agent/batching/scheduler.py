@@ -28,6 +28,9 @@ from device_agent.batching.settings import DELAY, Batching
 from device_agent.batching.smoothed import Smoothed
 
 INLINE_BELOW_S = 60e-6  # about what handing a batch to a thread and back costs
+# On a single core a thread overlaps nothing with the event loop, and what it costs to go there and back is
+# lost. Longer runs still go to a thread, so that health checks and refusals do not wait for them.
+_INLINE_ON_ONE_CORE_BELOW_S = 5e-3
 _HANDOVER_S = 100e-6
 _INLINE_HANDOVER_S = 20e-6
 _PLANNED_FRACTION = 0.9  # of the objective; reading, answering and the way to the client take the rest
@@ -48,7 +51,7 @@ class BatcherSettings:
         batching: what the user says of batching.
         slo_s: within which a request should be answered; one that cannot be is refused. None: no objective.
         weight: the model's share of the engine, relative to the others'.
-        inline_below_s: batches that are shorter run on the event loop.
+        one_core: whether the engine and the event loop have one core between them.
         placement: where the model's own thread runs.
     """
 
@@ -57,7 +60,7 @@ class BatcherSettings:
     batching: Batching = field(default_factory=Batching)
     slo_s: Optional[float] = None
     weight: float = 1.0
-    inline_below_s: float = INLINE_BELOW_S
+    one_core: bool = False
     placement: Placement = ANYWHERE
 
 
@@ -204,7 +207,8 @@ class Scheduler:
         Where returns are awaited those are only the shortest: while the loop runs an engine, it does not see
         when clients come back.
         """
-        return INLINE_BELOW_S if self._horizon_s else self._settings.inline_below_s
+        alone = self._settings.one_core and not self._horizon_s
+        return _INLINE_ON_ONE_CORE_BELOW_S if alone else INLINE_BELOW_S
 
     # Learned
 
