@@ -29,6 +29,7 @@ class ProtocolError(Exception):
     Attributes:
         status: the HTTP status.
         message: what the client is told.
+        allowed: with status 405, the method that the path takes.
         retry_after_s: with status 503, when to try again; whole seconds, as the header wants them.
     """
 
@@ -36,7 +37,15 @@ class ProtocolError(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
+        self.allowed = ""
         self.retry_after_s = max(1, math.ceil(retry_after_s))
+
+    @classmethod
+    def wrong_method(cls, used: str, allowed: str) -> ProtocolError:
+        """A 405, which names the method that the path takes (RFC 9110, section 15.5.6)."""
+        error = cls(405, f"use {allowed} here, not {used}")
+        error.allowed = allowed
+        return error
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class InferenceRoutes:
             if len(self._routes) < _CACHED_ROUTES:
                 self._routes[request.target] = route
         if request.method != route.method:
-            raise ProtocolError(405, f"use {route.method} here, not {request.method}")
+            raise ProtocolError.wrong_method(request.method, route.method)
         return route
 
     # Inference
@@ -189,6 +189,8 @@ class InferenceRoutes:
 
 def _respond_error(connection: Connection, error: ProtocolError) -> None:
     headers = b"Retry-After: %d\r\n" % error.retry_after_s if error.status == 503 else b""
+    if error.allowed:
+        headers = b"Allow: %s\r\n" % error.allowed.encode()
     connection.respond(error.status, [error_body(error.message)], JSON, headers)
 
 

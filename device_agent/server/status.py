@@ -27,7 +27,7 @@ class StatusRoutes:
         """Answer a request."""
         path = request.target.partition(b"?")[0]
         if request.method != "GET":
-            connection.respond(405, [b"use GET\n"], _TEXT)
+            connection.respond(405, [b"use GET\n"], _TEXT, b"Allow: GET\r\n")
         elif path == b"/metrics":
             content_type, body = render(self._metrics)
             connection.respond(200, [body], content_type.encode("ascii"))
