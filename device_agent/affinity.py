@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple
@@ -156,6 +156,18 @@ def place_thread(placement: Placement) -> None:
         word, bit = divmod(placement.numa_node, 8 * ctypes.sizeof(ctypes.c_ulong))
         mask[word] = 1 << bit
         _set_policy(_MPOL_BIND, mask)
+
+
+def place_process(placement: Placement) -> None:
+    """Place every thread that this process has, also those that libraries started when they were imported.
+
+    Raises:
+        Refused: the kernel does not allow it.
+    """
+    place_thread(placement)
+    for thread in threads_of(os.getpid()) if placement.cpus else ():
+        with suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(thread, placement.cpus)
 
 
 def _set_policy(mode: int, mask: Any) -> None:

@@ -257,6 +257,7 @@ def _version_line(version: Mapping[str, Any]) -> str:
 def _model_lines(model: Mapping[str, Any]) -> List[str]:
     serving = model["serving"]
     lines = [f"{model['name']}: " + (f"serves {serving[:12]}" if serving else model["pause"] or "not served")]
+    lines += [_engine_line(model["engine"])] if model["engine"] else []
     lines += [f"  {_version_line(version)}" for version in model["versions"]]
     last: Optional[Dict[str, Any]] = model["last_operation"]
     if last is not None:
@@ -266,6 +267,19 @@ def _model_lines(model: Mapping[str, Any]) -> List[str]:
         )
         lines.append(f"  last: {last['operation']} {last['digest'][:12]}: {outcome}")
     return lines
+
+
+def _engine_line(engine: Mapping[str, Any]) -> str:
+    """What runs where; a thread outside the cores that were asked for is pointed out."""
+    cores = sorted({thread["cpus"] for thread in engine["threads"]})
+    parts = [f"{engine['runtime']} in process {engine['process']}"]
+    parts += [f"{len(engine['threads'])} threads on cores {' and '.join(cores)}"] if cores else []
+    parts += [f"not confined to {engine['asked']['cpus']}"] if engine["placed"] is False else []
+    parts += [f"memory {engine['memory_policy']}"] if engine["memory_policy"] else []
+    parts += (
+        [f"restarted {engine['restarts']} times ({engine['last_failure']})"] if engine["restarts"] else []
+    )
+    return "  engine: " + ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -283,6 +283,7 @@ class Lifecycle:
             **asdict(self._store.state(name)),
             "serving": None if serving is None else serving.digest,
             "pause": None if pause is None else str(pause),
+            "engine": self._models.describe_engine(name),
             "last_operation": self._store.journal(name),
             "versions": [version.describe() for version in self._store.versions(name)],
         }

@@ -22,6 +22,7 @@ from device_agent.batching.batcher import Batcher, BatcherSettings
 from device_agent.batching.cores import Shares, on_one_core
 from device_agent.batching.settings import Batching
 from device_agent.config import Config
+from device_agent.engine_report import report
 from device_agent.engines import candidates, keep_up, open_as_set
 from device_agent.engines.base import Engine, EngineError, EngineSettings
 from device_agent.engines.source import EngineSource
@@ -123,6 +124,11 @@ class Models:
             raise
         give_back()
         return LoadedModel(manifest, digest, directory, engine, batcher, selftest, is_batchable(manifest))
+
+    def describe_engine(self, name: str) -> Optional[Dict[str, Any]]:
+        """Where a model's engine runs, read back now (see ``engine_report``); None if it does not serve."""
+        loaded = self.get(name)
+        return None if loaded is None else report(loaded, self._engine_settings(name))
 
     def plan_swap(self, manifest: Manifest) -> SwapPlan:
         """How a version would take the place of the one that serves, with what is free now."""

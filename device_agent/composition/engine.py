@@ -58,6 +58,7 @@ class ComposedEngine:
         self.runtime = source.runtime
         self.inputs = inputs
         self.outputs = outputs
+        self.memory_policy = engines[0].memory_policy
         self._engines = engines
         self._steps = list(zip(source.steps, engines, last_uses(source.steps, source.outputs)))
 

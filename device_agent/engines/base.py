@@ -48,11 +48,14 @@ class Engine(Protocol):
     Attributes:
         runtime: the runtime's name in the manifest, such as ``onnxruntime``.
         inputs, outputs: the tensors, in the model's own order.
+        memory_policy: what the kernel said of its memory when it was opened, such as ``bind 0``; empty where
+            no node was asked for.
     """
 
     runtime: str
     inputs: Tuple[TensorSpec, ...]
     outputs: Tuple[TensorSpec, ...]
+    memory_policy: str
 
     @property
     def process(self) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _binding
 
-from device_agent.affinity import Placement, placed, threads_of
+from device_agent.affinity import Placement, placed, policy_of_thread, threads_of
 from device_agent.engines.base import Arrays, Engine, EngineError, EngineSettings, InputError
 from device_agent.errors import Refused
 from device_agent.manifest import TensorSpec
@@ -69,8 +69,9 @@ def open_graph(path: Path, settings: EngineSettings) -> Engine:
             session = onnxruntime.InferenceSession(
                 str(path), sess_options=_options(settings), providers=["CPUExecutionProvider"]
             )
+            policy = "" if settings.placement.numa_node is None else policy_of_thread()
         ours = {thread.native_id for thread in threading.enumerate()}
-        return OnnxRuntimeEngine(session, frozenset(threads_of(os.getpid()) - before - ours))
+        return OnnxRuntimeEngine(session, frozenset(threads_of(os.getpid()) - before - ours), policy)
     except _ERRORS as error:
         raise Refused(
             f"ONNX Runtime {onnxruntime.__version__} does not load {path.name}",
@@ -107,9 +108,10 @@ class OnnxRuntimeEngine:
 
     runtime = "onnxruntime"
 
-    def __init__(self, session: Any, threads: FrozenSet[int]) -> None:
+    def __init__(self, session: Any, threads: FrozenSet[int], memory_policy: str) -> None:
         self.process = os.getpid()
         self.threads = threads
+        self.memory_policy = memory_policy
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
         self._session = session

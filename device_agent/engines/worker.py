@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import List, Optional
 
 from device_agent import engines
-from device_agent.affinity import place_thread, policy_of_thread
+from device_agent.affinity import place_process
 from device_agent.engines import process_messages as messages
 from device_agent.engines.base import Engine, EngineError, InputError
 from device_agent.engines.process_memory import SharedMemory, read_tensors, write_tensors
@@ -69,9 +69,8 @@ def _open(channel: socket.socket) -> Optional[Engine]:
     document = json.loads(body)
     settings = settings_of(document["settings"])
     try:
-        place_thread(settings.placement)
+        place_process(settings.placement)
         engine = engines.open_here(source_of(document["source"]), settings)
-        policy = "" if settings.placement.numa_node is None else policy_of_thread()
     except AgentError as error:
         refusal = {"what": error.what, "why": error.why, "fix": error.fix}
         messages.send_json(channel, messages.REFUSED, {**refusal, "missing": isinstance(error, Missing)})
@@ -80,7 +79,7 @@ def _open(channel: socket.socket) -> Optional[Engine]:
         "runtime": engine.runtime,
         "inputs": [asdict(spec) for spec in engine.inputs],
         "outputs": [asdict(spec) for spec in engine.outputs],
-        "memory_policy": policy,
+        "memory_policy": engine.memory_policy,
     }
     messages.send_json(channel, messages.READY, ready)
     return engine

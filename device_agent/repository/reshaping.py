@@ -25,6 +25,7 @@ class ReshapingEngine:
 
     def __init__(self, engine: Engine, config: ModelConfig) -> None:
         self.runtime = engine.runtime
+        self.memory_policy = engine.memory_policy
         self.inputs = specs(config.inputs, config.max_batch_size)
         self.outputs = specs(config.outputs, config.max_batch_size)
         self._engine = engine

@@ -119,6 +119,10 @@ class FakeModels:
         """Both versions fit."""
         return NOTHING_TO_STOP
 
+    def describe_engine(self, name: str) -> Any:
+        """There is no engine."""
+        return None
+
     def pause_of(self, name: str) -> Any:
         """No pause is planned."""
         return None

@@ -1,22 +1,25 @@
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import threading
 import time
 from pathlib import Path
-from typing import Any, Set
+from typing import Any, Callable, Set
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_testing import linear
+from agent_testing import AgentProcess, linear, linear_bundle
 from device_agent import affinity
 from device_agent.affinity import Placement, format_cpus, parse_cpus
 from device_agent.engines.base import EngineSettings
 from device_agent.engines.onnxruntime import open_graph
 from device_agent.errors import Refused
+from device_agent.server import control
 
 ONE_CORE = min(os.sched_getaffinity(0))
 HAS_NODES = Path("/sys/devices/system/node/node0/cpulist").exists()
@@ -118,6 +121,31 @@ def test_a_session_with_a_core_for_each_thread_keeps_one_on_each(tmp_path: Path)
         cpus = [entry["cpus"] for entry in affinity.describe(os.getpid(), started)]
     assert cpus == [str(second)]
     engine.close()
+
+
+@pytest.mark.parametrize("isolate", ["true", "false"])
+def test_status_says_where_a_model_really_runs(
+    tmp_path: Path, start_agent: Callable[..., AgentProcess], isolate: str
+) -> None:
+    """``status`` reads the cores of a model's threads back from the kernel, beside what was asked for."""
+    settings = f"\n[models.model]\nthreads = 2\ncpus = '{ONE_CORE}'\nisolate = {isolate}\n"
+    agent = start_agent(linear_bundle(tmp_path / "b"), settings=settings)
+    document = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 8], "data": [1.0] * 8}]}
+    connection = http.client.HTTPConnection(agent.http, timeout=30)
+    connection.request("POST", "/v2/models/model/infer", json.dumps(document))
+    assert connection.getresponse().status == 200
+    connection.close()
+    (status,) = control.request(agent.control, {"op": "status"}, lambda state: None)
+    engine = status["engine"]
+    assert engine["asked"] == {"threads": 2, "cpus": str(ONE_CORE), "numa_node": None}
+    assert engine["isolated"] == (isolate == "true") == (engine["process"] != agent.process.pid)
+    assert len(engine["threads"]) >= 2
+    assert {thread["cpus"] for thread in engine["threads"]} == {str(ONE_CORE)}
+    assert engine["placed"] is True
+    # The rest of the agent is where it was.
+    assert affinity.describe(agent.process.pid, {agent.process.pid})[0]["cpus"] == format_cpus(
+        os.sched_getaffinity(0)
+    )
 
 
 def test_a_process_that_has_ended_has_no_threads() -> None:
