@@ -87,7 +87,7 @@ class GrpcAddress(Address):
     """Where inference is served over gRPC.
 
     Attributes:
-        enabled: whether it is at all. It needs the package ``grpcio``, and some 15 MB of memory.
+        enabled: whether it is at all. It needs the package ``grpcio``, and 10 to 15 MB of memory.
     """
 
     enabled: bool = False
