@@ -35,6 +35,8 @@ MIN_NORMAL_FP16 = 2.0**-14
 _TYPED_BY_ATTRIBUTE = {"Cast": "to"}
 #: Operators that lose more than they gain in float16, whatever the range.
 _KEPT_OPERATORS = frozenset({"Range", "CumSum", "NonMaxSuppression", "RandomNormal", "RandomUniform"})
+#: A scale in float16 would be another number.
+_PAIR = frozenset({"QuantizeLinear", "DequantizeLinear"})
 #: Operators in which a tiny operand is lost without harm beside a larger one. A third operand is a bias.
 _ADDITIVE = frozenset({"Add", "Sub", "Sum", "Where", "Concat", "Max", "Min"})
 
@@ -71,15 +73,26 @@ def to_fp16(
     """
     result = ModelProto()
     result.CopyFrom(prepare(model))
-    converter = _Converter(result, scales, frozenset(exclude))
+    return result, halve(result, scales, exclude)
+
+
+def halve(model: ModelProto, scales: Scales | None, exclude: Collection[str] = ()) -> Fp16Report:
+    """Convert the float32 operators of a prepared or quantized graph to float16, in place.
+
+    Q/DQ pairs and their scales stay float32 with casts around them, so the integers mean the same numbers.
+
+    Args:
+        model: from ``prepare`` or ``write_qdq``, with its shapes inferred.
+        scales: ranges from ``calibrate``; without them only constants are checked.
+        exclude: names of operators to keep in float32.
+    """
+    converter = _Converter(model, scales, frozenset(exclude))
     converter.convert()
-    del result.graph.value_info[:]
-    drop_unused_constants(result.graph)
-    infer_shapes(result)
-    report = Fp16Report(
-        converter.converted, dict(sorted(converter.kept.items())), converter.casts, scales is not None
-    )
-    return result, report
+    del model.graph.value_info[:]
+    drop_unused_constants(model.graph)
+    infer_shapes(model)
+    kept = dict(sorted(converter.kept.items()))
+    return Fp16Report(converter.converted, kept, converter.casts, scales is not None)
 
 
 class _Converter:
@@ -131,7 +144,7 @@ class _Converter:
             return "excluded"
         if any(True for _ in subgraphs(node)):
             return f"{node.op_type} has a body"
-        if node.op_type in _KEPT_OPERATORS or not (slots or outputs):
+        if node.op_type in _KEPT_OPERATORS | _PAIR or not (slots or outputs):
             return f"{node.op_type} is not converted"
         schema = _schema(node, self._opset)
         if schema is None:
@@ -168,8 +181,17 @@ class _Converter:
         if name in self._index.constants:
             values = array(self._index.constants[name])
             return float(np.abs(values).max()) if values.size else 0.0
+        name = self._quantized_from(name)
         found = self._scales.tensors.get(name) if self._scales is not None else None
         return max(abs(found.min), abs(found.max)) if found is not None else 0.0
+
+    def _quantized_from(self, name: str) -> str:
+        """The activation that a Q/DQ pair reads, where ``name`` is the pair's result; else ``name``."""
+        for kind in ("DequantizeLinear", "QuantizeLinear"):
+            node = self._index.producer.get(name)
+            if node is not None and node.op_type == kind:
+                name = node.input[0]
+        return name
 
     def _to_half(self, node: NodeProto, slots: list[int], ordered: list[NodeProto]) -> None:
         for i, name in enumerate(node.input):

@@ -99,7 +99,7 @@ class Histogram(Extremes):
                 self.zeros += flat.size
                 return
         # Other threads may widen the bins from here on; what is counted meanwhile is widened after it.
-        for values_counted, each in _strata(flat, max(abs(lo), abs(hi))):
+        for values_counted, each in _strata(flat, lo, hi):
             counts, zeros = _count(values_counted, exponent, signed=lo < 0), _zeros(values_counted)
             with self._lock:
                 self._add(counts * each if each > 1 else counts, exponent, zeros * each)
@@ -126,7 +126,9 @@ class Histogram(Extremes):
         return (np.arange(-HALF, HALF, dtype=np.float64) + 0.5) * np.float64(self.width)
 
 
-def _strata(flat: npt.NDArray[np.float32], magnitude: float) -> Iterator[tuple[npt.NDArray[np.float32], int]]:
+def _strata(
+    flat: npt.NDArray[np.float32], lo: float, hi: float
+) -> Iterator[tuple[npt.NDArray[np.float32], int]]:
     """Pieces of the values to count, each with the number of values that one of them stands for.
 
     The step has no factor in common with the size, so a sample meets every channel and every position.
@@ -137,11 +139,12 @@ def _strata(flat: npt.NDArray[np.float32], magnitude: float) -> Iterator[tuple[n
     if step == 1:
         yield from ((piece, 1) for piece in _pieces(flat))
         return
-    edge = np.float32(magnitude / 2)
-    tails = np.concatenate([piece[np.abs(piece) > edge] for piece in _pieces(flat)])
+    edge = np.float32(max(abs(lo), abs(hi)) / 2)
+    size = np.abs if lo < 0 else np.asarray
+    tails = np.concatenate([piece[size(piece) > edge] for piece in _pieces(flat)])
     yield from ((piece, 1) for piece in _pieces(tails))
     for piece in _pieces(flat[::step]):
-        yield piece[np.abs(piece) <= edge], step
+        yield piece[size(piece) <= edge], step
 
 
 def _pieces(values: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]]:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from onnx import ModelProto
 
 from calibration.errors import CalibrationError
+from calibration.fp16 import halve
 from calibration.graph import LINEAR
 from calibration.layouts import Placement
 from calibration.placement import place
 from calibration.prepare import prepare
 from calibration.qdq import write_qdq
 from calibration.scales import Scales
-from calibration.storage import Source
+from calibration.storage import Source, infer_shapes
 from calibration.tables import store_tables
 from calibration.targets import target_named
 
@@ -72,7 +73,8 @@ def quantize(
     Args:
         model: the model that was calibrated, or its file.
         scales: from ``calibrate``.
-        target: ``onnxruntime`` (CPU) or ``tensorrt`` (8.6 and newer, and TensorRT-RTX).
+        target: ``onnxruntime`` (CPU), ``tensorrt`` (8.6 and newer, and TensorRT-RTX), or ``tensorrt-fp16``,
+            the same for strongly typed networks: what stays in float is float16 where the values fit.
         exclude: names of linear operators, and of Gathers from tables, to keep in float.
         weight_bits: 8, or 7 for x86 processors without VNNI, whose 16-bit sums would saturate.
 
@@ -91,6 +93,9 @@ def quantize(
     placement = place(prepared, runtime, exclude)
     _check(placement, scales)
     result = write_qdq(prepared, scales, placement, runtime, weight_levels=WEIGHT_LEVELS[weight_bits])
+    if runtime.half_floats:
+        infer_shapes(result)
+        halve(result, scales)
     tables = store_tables(result, exclude) if runtime.integer_tables else ()
     return Quantized(result, _report(prepared, scales, placement, target, tables))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from calibration.affine import Affine, asymmetric_u8, symmetric_s8
 from calibration.errors import CalibrationError
@@ -22,6 +22,7 @@ class Target:
         quantizes_products: whether a MatMul of two activations is worth int8.
         shields_float_layers: whether float layers between int8 ones have to be hidden from the runtime.
         integer_tables: whether embedding tables may be int8.
+        half_floats: whether what stays in float is float16.
     """
 
     name: str
@@ -32,31 +33,35 @@ class Target:
     quantizes_products: bool
     shields_float_layers: bool
     integer_tables: bool
+    half_floats: bool = False
 
 
-TARGETS: Mapping[str, Target] = {
-    "onnxruntime": Target(
-        name="onnxruntime",
-        linear=frozenset({"Conv", "MatMul", "Gemm"}),  # the CPU provider has no integer ConvTranspose
-        activation=asymmetric_u8,
-        ends_in_integers=True,
-        integer_bias=True,
-        quantizes_products=True,
-        shields_float_layers=True,
-        integer_tables=True,
-    ),
-    # From 8.6 on, and TensorRT-RTX.
-    "tensorrt": Target(
-        name="tensorrt",
-        linear=frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"}),
-        activation=symmetric_s8,  # its quantization is symmetric only
-        ends_in_integers=False,
-        integer_bias=False,  # its parser refuses an int32 DequantizeLinear
-        quantizes_products=False,  # it fuses attention in half precision
-        shields_float_layers=False,
-        integer_tables=False,  # its parser takes quantized constants only before a DequantizeLinear
-    ),
-}
+_ONNXRUNTIME = Target(
+    name="onnxruntime",
+    linear=frozenset({"Conv", "MatMul", "Gemm"}),  # the CPU provider has no integer ConvTranspose
+    activation=asymmetric_u8,
+    ends_in_integers=True,
+    integer_bias=True,
+    quantizes_products=True,
+    shields_float_layers=True,
+    integer_tables=True,
+)
+#: From 8.6 on, and TensorRT-RTX.
+_TENSORRT = Target(
+    name="tensorrt",
+    linear=frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"}),
+    activation=symmetric_s8,  # its quantization is symmetric only
+    ends_in_integers=False,
+    integer_bias=False,  # its parser refuses an int32 DequantizeLinear
+    quantizes_products=False,  # it fuses attention in half precision
+    shields_float_layers=False,
+    integer_tables=False,  # its parser takes quantized constants only before a DequantizeLinear
+)
+#: For strongly typed networks, where the graph alone says what is in half precision. TensorRT-RTX builds for
+#: Turing (SM75) only so: it has no float32 matrix products there.
+_TENSORRT_FP16 = replace(_TENSORRT, name="tensorrt-fp16", half_floats=True)
+
+TARGETS: Mapping[str, Target] = {target.name: target for target in (_ONNXRUNTIME, _TENSORRT, _TENSORRT_FP16)}
 
 
 def target_named(name: str) -> Target:

@@ -97,7 +97,7 @@ def test_patches_are_what_the_convolution_multiplies(
     assert patches(node, x, kernel[2:], 3, rng).shape[1] == 3
 
 
-@pytest.mark.parametrize("target", sorted(TARGETS))
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("weight_bits", [7, 8])
 def test_quantize_finds_the_chosen_integers(target: str, weight_bits: int) -> None:
     """Rounded weights are whole steps of the scale that ``quantize`` gives them."""

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import onnx
 import pytest
-from graphs import build, run
+from graphs import build, make_residual_cnn, run
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from calibration import CalibrationError, Scales, calibrate, prepare, quantize, sqnr_db
@@ -134,3 +134,51 @@ def test_layer_precisions_follow_the_same_placement(residual_cnn: ModelProto, cn
         "residual",
     }
     assert found["stem"] == "fp16"
+
+
+def test_half_precision_around_int8_keeps_the_integers(
+    residual_cnn: ModelProto, cnn_scales: Scales, images: np.ndarray
+) -> None:
+    """The strongly typed graph has the scales of the other, bit for bit, and computes in float16 between."""
+    single, half = (quantize(residual_cnn, cnn_scales, name) for name in ("tensorrt", "tensorrt-fp16"))
+    onnx.checker.check_model(half.model, full_check=True)
+    assert half.report.quantized == single.report.quantized
+
+    def scales(model: ModelProto) -> dict[str, bytes]:
+        constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+        assert all(constants[node.input[1]].dtype == np.float32 for node in pairs)
+        return {node.name: constants[node.input[1]].tobytes() for node in pairs}
+
+    assert scales(half.model) == scales(single.model)
+    types = {v.name: v.type.tensor_type.elem_type for v in half.model.graph.value_info}
+    linear = [node for node in half.model.graph.node if node.op_type in ("Conv", "Gemm")]
+    assert linear
+    assert {types[name] for node in linear for name in (node.input[0], node.output[0])} == {
+        TensorProto.FLOAT16
+    }
+    assert sqnr_db(run(residual_cnn, {"image": images}), run(half.model, {"image": images})) > 25
+
+
+@pytest.mark.parametrize("version", [13, 19, 21])
+def test_half_precision_around_int8_from_every_opset(version: int, images: np.ndarray) -> None:
+    """Where newer opsets allow float16 scales the scales stay float32 all the same."""
+    model = make_residual_cnn(version)
+    half = quantize(model, calibrate(model, [{"image": images}]), "tensorrt-fp16").model
+    assert sqnr_db(run(model, {"image": images}), run(half, {"image": images})) > 25
+
+
+def test_an_int8_layer_beyond_float16_stays_in_single_precision() -> None:
+    """A layer whose dequantized input would overflow float16 is kept in float32 around its pair."""
+    model = build(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["y"], name="large"),
+            helper.make_node("MatMul", ["y", "w"], ["z"], name="small"),
+        ],
+        {"x": (TensorProto.FLOAT, ["n", 4])},
+        {"z": ["n", 4]},
+        {"w": (np.eye(4) * 1e-3).astype(np.float32)},
+    )
+    feed = {"x": np.full((2, 4), 9e5, np.float32)}
+    half = quantize(model, calibrate(model, [feed]), "tensorrt-fp16").model
+    np.testing.assert_allclose(run(half, feed)[0], run(model, feed)[0], rtol=0.02)
