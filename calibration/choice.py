@@ -24,6 +24,7 @@ from calibration.quantizer import WEIGHT_LEVELS, Quantized, quantize
 from calibration.runner import calibrate_each
 from calibration.scales import Scales
 from calibration.sensitivity import Reference
+from calibration.storage import Source
 from calibration.targets import target_named
 
 #: In the order in which they are tried: those that change the ranges come before those that rest on them.
@@ -119,7 +120,7 @@ class Choice:
 
 
 def choose(
-    model: ModelProto,
+    model: Source,
     samples: Iterable[Mapping[str, Array]],
     holdout: Sequence[Mapping[str, Array]],
     options: Options = Options(),
@@ -134,7 +135,7 @@ def choose(
     budget.
 
     Args:
-        model: a float model.
+        model: a float model or its file.
         samples: what the ranges are taken from. With methods they are read several times: give a list, or
             an iterable that starts over, not a generator.
         holdout: what the candidates are judged on; best other rows than ``samples``. Not used, and may be

@@ -13,6 +13,7 @@ from calibration.prepare import prepare
 from calibration.quantizer import Quantized, quantize
 from calibration.scales import Scales
 from calibration.sensitivity import sensitivity
+from calibration.storage import Source
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Protected:
 
 
 def protect(
-    model: ModelProto,
+    model: Source,
     scales: Scales,
     samples: Iterable[Mapping[str, Array]],
     evaluate: Callable[[ModelProto], float],
@@ -49,7 +50,7 @@ def protect(
     """Quantize, and keep one more layer in float while the score is too low, the most harmful first.
 
     Args:
-        model: the model that was calibrated.
+        model: the model that was calibrated, or its file.
         scales: from ``calibrate``.
         samples: a handful, for ``sensitivity``; read only where the whole INT8 model is not good enough.
         evaluate: the task's metric of a model, higher is better.

@@ -83,6 +83,13 @@ def attach(model: ModelProto, weights: Mapping[str, TensorProto]) -> None:
             tensor.CopyFrom(weights[tensor.name])
 
 
+def copied(model: ModelProto) -> ModelProto:
+    """A copy with its own weights, whatever the size: ``CopyFrom`` alone goes through bytes."""
+    detached = detach(model)
+    attach(detached.model, detached.weights)
+    return detached.model
+
+
 def infer_shapes(model: ModelProto) -> None:
     """Write the shapes and types that can be inferred into a model.
 

@@ -15,9 +15,10 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from calibration.affine import Floats
-from calibration.graph import Array, Index, drop_unused_constants, outer_reads
+from calibration.graph import Array, Index, outer_reads
 from calibration.methods.layers import Editor, Site, bias_site, is_layer, outputs_of
 from calibration.methods.rows import Row, Taps
+from calibration.storage import copied
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ def correct_biases(
             biases[layer.name] = (biases[layer.name] + error).astype(np.float32)
     for layer in found:
         editor.write(layer.site, biases[layer.name])
-    drop_unused_constants(editor.model.graph)
-    return editor.model
+    return editor.finish()
 
 
 def _layers(index: Index, editor: Editor, names: Collection[str]) -> Iterator[_Layer]:
@@ -95,8 +95,7 @@ def _bias(editor: Editor, layer: _Layer) -> Floats:
 
 def _with_free_biases(quantized: ModelProto, layers: Sequence[_Layer]) -> ModelProto:
     """A copy whose biases are inputs, so that one session serves every step."""
-    model = ModelProto()
-    model.CopyFrom(quantized)
+    model = copied(quantized)
     nodes = {node.name: node for node in model.graph.node}
     for layer in layers:
         node = nodes[layer.site.node]

@@ -12,7 +12,7 @@ import numpy as np
 from onnx import ModelProto
 
 from calibration.affine import Floats
-from calibration.graph import Index, drop_unused_constants
+from calibration.graph import Index
 from calibration.methods.layers import Editor, Site, to_groups
 from calibration.methods.links import Link, Reader, bounded, links, scale
 
@@ -43,8 +43,7 @@ def equalize(model: ModelProto) -> ModelProto | None:
         changed = True
     if not changed:
         return None
-    drop_unused_constants(editor.model.graph)
-    return editor.model
+    return editor.finish()
 
 
 def _equalize(editor: Editor, link: Link) -> float:

@@ -10,6 +10,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from calibration.affine import Floats
 from calibration.graph import Array, Index, Names, array, attribute, drop_unused_constants, integer
+from calibration.storage import attach, detach
 
 _KINDS = ("Conv", "Gemm", "MatMul")
 
@@ -30,14 +31,17 @@ class Site:
 class Editor:
     """A copy of a prepared model whose constants can be replaced for one reader at a time.
 
+    A weight that is replaced is never copied.
+
     Attributes:
-        model: the copy.
+        model: the copy, without its weights until ``finish``.
         nodes: its nodes by name.
     """
 
     def __init__(self, model: ModelProto) -> None:
-        self.model = ModelProto()
-        self.model.CopyFrom(model)
+        detached = detach(model)
+        self.model = detached.model
+        self._weights = detached.weights
         self.names = Names(self.model)
         self.refresh()
 
@@ -53,7 +57,9 @@ class Editor:
 
     def read(self, site: Site) -> Floats:
         """The constant's values as float32."""
-        return array(self._constants[self.nodes[site.node].input[site.slot]]).astype(np.float32, copy=False)
+        name = self.nodes[site.node].input[site.slot]
+        tensor = self._weights.get(name, self._constants[name])
+        return array(tensor).astype(np.float32, copy=False)
 
     def write(self, site: Site, values: Array) -> None:
         """Give the node a constant of its own with these values; another reader keeps the old one."""
@@ -65,6 +71,12 @@ class Editor:
         self.model.graph.initializer.append(tensor)
         self._constants[name] = self.model.graph.initializer[-1]
         node.input[site.slot] = name
+
+    def finish(self) -> ModelProto:
+        """The copy, whole again and without the constants that nothing reads any more."""
+        drop_unused_constants(self.model.graph)
+        attach(self.model, self._weights)
+        return self.model
 
 
 def is_layer(node: NodeProto, index: Index) -> bool:
@@ -154,5 +166,4 @@ def restored(model: ModelProto, original: ModelProto, names: Collection[str]) ->
                 editor.write(site, before.read(site))
             elif editor.has(site):
                 del editor.nodes[site.node].input[site.slot :]
-    drop_unused_constants(editor.model.graph)
-    return editor.model
+    return editor.finish()

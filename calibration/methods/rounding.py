@@ -18,7 +18,7 @@ from onnx import ModelProto, NodeProto
 
 from calibration.affine import Affine, Floats, dequantize, quantize, weight_s8
 from calibration.eligibility import weight_axis
-from calibration.graph import Index, drop_unused_constants
+from calibration.graph import Index
 from calibration.methods.layers import Editor, Site, from_groups, is_layer, to_groups
 from calibration.methods.patches import can_cut, patches
 from calibration.methods.rows import Row, Taps
@@ -115,8 +115,7 @@ def round_weights(
                 moved |= _round(editor, layer, moments.pop(layer.node.name), quantization.weight_levels)
     if not moved:
         return None
-    drop_unused_constants(editor.model.graph)
-    return editor.model
+    return editor.finish()
 
 
 def descend(wanted: Floats, moments: Floats, levels: int, sweeps: int = SWEEPS) -> Floats:

@@ -20,7 +20,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from calibration.affine import Floats, weight_s8
-from calibration.graph import Array, Index, drop_unused_constants, replace_nodes
+from calibration.graph import Array, Index, replace_nodes
 from calibration.methods.layers import Editor, Site, is_layer, to_groups
 from calibration.methods.links import Link, Reader, bounded, links, multiply_inputs, scale
 from calibration.methods.rows import Row, Taps
@@ -86,8 +86,7 @@ def smooth(model: ModelProto, rows: Sequence[Row], target: Target, threads: int 
             _insert(editor, place.readers, factors)
     if not changed:
         return None
-    drop_unused_constants(editor.model.graph)
-    return editor.model
+    return editor.finish()
 
 
 def _places(index: Index) -> Iterator[_Place]:
