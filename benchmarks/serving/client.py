@@ -147,9 +147,10 @@ class Connection:
     Attributes:
         asked_s: since when its request counts.
         waiting: whether an answer is due.
+        kind: which of several requests it carries.
     """
 
-    __slots__ = ("asked_s", "reader", "send", "sock", "waiting")
+    __slots__ = ("asked_s", "kind", "reader", "send", "sock", "waiting")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -157,6 +158,7 @@ class Connection:
         self.send = sock.sendall
         self.asked_s = 0.0
         self.waiting = False
+        self.kind = 0
 
 
 def connect(address: Address, timeout_s: float = TIMEOUT_S) -> socket.socket:

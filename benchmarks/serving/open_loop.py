@@ -28,8 +28,32 @@ def send(
         grace_s: how long to wait for answers after the last request; who has none then is ``unanswered_s``.
         connections: how many at most are open; beyond that, requests wait on the client's side.
     """
-    with _OpenLoop(address, request, connections) as loop, no_collection():
-        return loop.run(arrivals_s, grace_s)
+    return send_mixed(address, [request], arrivals_s, [0] * len(arrivals_s), grace_s, connections)[0]
+
+
+def send_mixed(
+    address: Address,
+    requests: Sequence[bytes],
+    arrivals_s: Sequence[float],
+    kinds: Sequence[int],
+    grace_s: float,
+    connections: int = 256,
+) -> list[Outcome]:
+    """As :func:`send`, with requests of several kinds.
+
+    Args:
+        address: of the server.
+        requests: one for each kind.
+        arrivals_s: ascending, from zero on.
+        kinds: which of ``requests`` is sent at each of these times.
+        grace_s: how long to wait for answers after the last request.
+        connections: how many at most are open.
+
+    Returns:
+        What became of each kind.
+    """
+    with _OpenLoop(address, requests, connections) as loop, no_collection():
+        return loop.run(arrivals_s, kinds, grace_s)
 
 
 def poisson(rate: float, seconds: float, seed: int) -> list[float]:
@@ -40,15 +64,15 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
 
 
 class _OpenLoop:
-    def __init__(self, address: Address, request: bytes, limit: int) -> None:
+    def __init__(self, address: Address, requests: Sequence[bytes], limit: int) -> None:
         self._address = address
-        self._request = request
+        self._requests = requests
         self._limit = limit
-        self._outcome = Outcome()
+        self._outcomes = [Outcome() for _ in requests]
         self._epoll = select.epoll()
         self._idle: list[Connection] = []
         self._waiting: dict[int, Connection] = {}
-        self._backlog: deque[float] = deque()
+        self._backlog: deque[tuple[float, int]] = deque()
 
     def __enter__(self) -> _OpenLoop:
         return self
@@ -58,32 +82,35 @@ class _OpenLoop:
             connection.sock.close()
         self._epoll.close()
 
-    def run(self, arrivals_s: Sequence[float], grace_s: float) -> Outcome:
+    def run(self, arrivals_s: Sequence[float], kinds: Sequence[int], grace_s: float) -> list[Outcome]:
         begin = perf_counter()
         due, count = 0, len(arrivals_s)
         now, give_up = begin, begin + arrivals_s[-1] + grace_s
         while now < give_up and (due < count or self._waiting or self._backlog):
             while due < count and begin + arrivals_s[due] <= now:
-                self._backlog.append(begin + arrivals_s[due])
+                self._backlog.append((begin + arrivals_s[due], kinds[due]))
                 due += 1
-            while self._backlog and self._send(self._backlog[0]):
+            while self._backlog and self._send(*self._backlog[0]):
                 self._backlog.popleft()
             for descriptor, _ in self._epoll.poll(0):
                 self._ready(descriptor)
             now = perf_counter()
-        self._outcome.seconds = arrivals_s[-1]
-        self._outcome.unanswered_s = [now - c.asked_s for c in self._waiting.values()]
-        self._outcome.unanswered_s += [now - scheduled for scheduled in self._backlog]
-        return self._outcome
+        for outcome in self._outcomes:
+            outcome.seconds = arrivals_s[-1]
+        for connection in self._waiting.values():
+            self._outcomes[connection.kind].unanswered_s.append(now - connection.asked_s)
+        for scheduled_s, kind in self._backlog:
+            self._outcomes[kind].unanswered_s.append(now - scheduled_s)
+        return self._outcomes
 
-    def _send(self, scheduled_s: float) -> bool:
+    def _send(self, scheduled_s: float, kind: int) -> bool:
         connection = self._take()
         if connection is None:
             return False
-        connection.asked_s = scheduled_s
+        connection.asked_s, connection.kind = scheduled_s, kind
         self._waiting[connection.sock.fileno()] = connection
         try:
-            connection.send(self._request)
+            connection.send(self._requests[kind])
         except OSError:
             self._ended(connection)
         return True
@@ -96,7 +123,7 @@ class _OpenLoop:
         try:
             connection = Connection(connect(self._address))
         except OSError:
-            self._outcome.refused_connections += 1
+            self._outcomes[0].refused_connections += 1
             return None
         self._epoll.register(connection.sock.fileno(), select.EPOLLIN)
         return connection
@@ -113,7 +140,7 @@ class _OpenLoop:
             return
         if status is None:
             return
-        self._outcome.record(status, perf_counter() - connection.asked_s)
+        self._outcomes[connection.kind].record(status, perf_counter() - connection.asked_s)
         del self._waiting[descriptor]
         if connection.reader.closes:
             connection.sock.close()
@@ -123,10 +150,10 @@ class _OpenLoop:
     def _ended(self, connection: Connection) -> None:
         del self._waiting[connection.sock.fileno()]
         connection.sock.close()
-        self._outcome.lost += 1
+        self._outcomes[connection.kind].lost += 1
 
     def _forget_idle(self, descriptor: int) -> None:
         for connection in [c for c in self._idle if c.sock.fileno() == descriptor]:
             self._idle.remove(connection)
             connection.sock.close()
-            self._outcome.dropped += 1
+            self._outcomes[0].dropped += 1

@@ -97,12 +97,21 @@ def _head(data: bytes) -> tuple[int, dict[str, str]]:
 # The Open Inference Protocol, tensors in binary
 
 
-def oip_infer(model: str, row: Array, timeout_us: int | None = None) -> bytes:
-    """One row for ``model``; ``timeout_us`` bounds its time in the queue, where the server knows that."""
+def oip_infer(model: str, row: Array, timeout_us: int | None = None, priority: int | None = None) -> bytes:
+    """One row for ``model``.
+
+    Args:
+        model: its name.
+        row: its input.
+        timeout_us: bounds the time in the queue, where the server knows that.
+        priority: its level, 1 being the highest.
+    """
     tensor = {**_tensor(row), "parameters": {"binary_data_size": row.nbytes}}
     parameters: dict[str, Any] = {"binary_data_output": True}
     if timeout_us is not None:
         parameters["timeout"] = timeout_us
+    if priority is not None:
+        parameters["priority"] = priority
     return _oip(model, {"inputs": [tensor], "parameters": parameters}, row.tobytes())
 
 

@@ -178,6 +178,15 @@ def test_open_loop_counts_from_when_a_request_was_due() -> None:
     )
 
 
+def test_open_loop_tells_kinds_apart() -> None:
+    """Each kind of request is counted by itself, whichever connection it went over."""
+    with scripted(lambda number: BUSY if number % 2 else GOOD) as address:
+        arrivals_s = [0.05 * number for number in range(4)]
+        good, busy = open_loop.send_mixed(address, [REQUEST, REQUEST], arrivals_s, [0, 1, 0, 1], 5, 1)
+    assert (len(good.latencies_s), len(good.refused_s)) == (2, 0)
+    assert (len(busy.latencies_s), len(busy.refused_s)) == (0, 2)
+
+
 def test_open_loop_reports_who_got_no_answer() -> None:
     """Requests without an answer at the end are neither forgotten nor waited for without end."""
     released = threading.Event()

@@ -19,6 +19,7 @@ from device_agent.batching.batcher import (
 )
 from device_agent.batching.latency import LatencyModel
 from device_agent.batching.settings import Batching
+from device_agent.batching.share import EngineShare
 from device_agent.engines.base import Arrays, EngineError
 from device_agent.manifest import TensorSpec
 from device_agent.metrics import ModelMetrics
@@ -328,3 +329,70 @@ def test_every_request_is_answered_once_unless_its_client_left(plan: List[Tuple[
         if not leaves:
             failed = isinstance(bench.answers[number + 1.0], EngineError)
             assert failed == (fails and rows > 1)
+
+
+# Several models
+
+
+class SlowEngine(StandInEngine):
+    """A stand-in whose runs take ten milliseconds, and which notes when they start."""
+
+    def __init__(self, name: str, log: List[str]) -> None:
+        super().__init__()
+        self._name = name
+        self._log = log
+
+    def run(self, inputs: Arrays) -> Dict[str, Any]:
+        """Take a while."""
+        self._log.append(self._name)
+        time.sleep(0.01)
+        return super().run(inputs)
+
+
+def test_a_hot_model_does_not_starve_another() -> None:
+    """Two models on one engine take turns, however long the queue of the first."""
+
+    async def main() -> List[str]:
+        log: List[str] = []
+        share = EngineShare(places=1)
+        hot, quiet = (
+            Batcher(SlowEngine(name, log), BatcherSettings(1), ModelMetrics(), share)
+            for name in ("hot", "quiet")
+        )
+        for batcher, count in ((hot, 12), (quiet, 3)):
+            for _ in range(count):
+                job = Job({"x": np.ones(1, np.float32)}, 1, "k", lambda job: None)
+                batcher.submit(job)
+        for batcher in (hot, quiet):
+            await batcher.drain()
+            batcher.close()
+        return log
+
+    log = asyncio.run(main())
+    assert log.count("hot") == 12
+    assert log.count("quiet") == 3
+    assert "quiet" not in log[7:]
+
+
+def test_a_model_that_is_closed_leaves_its_place_to_others() -> None:
+    """A queue that was cancelled while it waited for the engine holds up nobody."""
+
+    async def main() -> List[str]:
+        log: List[str] = []
+        share = EngineShare(places=1)
+        first, gone, last = (
+            Batcher(SlowEngine(name, log), BatcherSettings(1), ModelMetrics(), share)
+            for name in ("first", "gone", "last")
+        )
+        jobs = [Job({"x": np.ones(1, np.float32)}, 1, "k", lambda job: None) for _ in range(3)]
+        for batcher, job in zip((first, gone, last), jobs):
+            batcher.submit(job)
+        await asyncio.sleep(0.002)
+        gone.cancel(jobs[1])
+        gone.close()
+        for batcher in (first, last):
+            await batcher.drain()
+            batcher.close()
+        return log
+
+    assert asyncio.run(main()) == ["first", "last"]

@@ -37,8 +37,8 @@ class Site:
     port: int
 
 
-def make_site(work: Path) -> Site:
-    """Write a configuration: the defaults, but unsigned bundles, one thread and free ports."""
+def make_site(work: Path, settings: str = "") -> Site:
+    """Write a configuration: the defaults, but unsigned bundles, one thread, free ports and ``settings``."""
     site = Site(work / "agent.toml", work / "control.sock", free_port())
     (work / "keys").mkdir(exist_ok=True)
     site.config.write_text(
@@ -46,7 +46,7 @@ def make_site(work: Path) -> Site:
         f"keys_dir = {json.dumps(str(work / 'keys'))}\n"
         f"control_socket = {json.dumps(str(site.control))}\n"
         "allow_unsigned = true\nthreads = 1\n"
-        f"[http]\nport = {site.port}\n[metrics]\nport = 0\n"
+        f"[http]\nport = {site.port}\n[metrics]\nport = 0\n{settings}"
     )
     return site
 
@@ -76,9 +76,9 @@ def launch_of(environment: Environment, site: Site) -> Launch:
     return Launch(agent_command(environment, site, "serve"), site.port, agent_variables())
 
 
-def _peer(name: str, environment: Environment) -> Peer:
+def _peer(name: str, environment: Environment, settings: str = "") -> Peer:
     def launch(work: Path, models: Sequence[Model]) -> Launch:
-        site = make_site(work)
+        site = make_site(work, settings)
         for model in models:
             install(environment, site, write_bundle(work, model).directory)
         return launch_of(environment, site)
@@ -94,5 +94,11 @@ def _decode(answer: wire.Answer, model: Model) -> Array:
     return wire.oip_decode(answer)
 
 
+SLO_MS = 50.0
+_OBJECTIVE = f"[models.cnn]\nslo_ms = {SLO_MS}\n"
+_LEVELS = "[models.cnn.batching]\npriority_levels = 3\ndefault_priority_level = 2\n"
+
 OURS = _peer("ours", ENVIRONMENT)
+OURS_SLO = _peer("ours-slo", ENVIRONMENT, _OBJECTIVE)
+OURS_LEVELS = _peer("ours-levels", ENVIRONMENT, _OBJECTIVE + _LEVELS)
 OURS_UVLOOP = _peer("ours-uvloop", WITH_UVLOOP)

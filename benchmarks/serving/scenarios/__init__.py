@@ -9,6 +9,7 @@ from serving.scenarios.ending import sigterm
 from serving.scenarios.footprint import footprint
 from serving.scenarios.latency import alone, latency, shared_memory
 from serving.scenarios.open_loop import open_loop
+from serving.scenarios.priorities import priorities
 from serving.scenarios.swaps import swaps
 from serving.scenarios.throughput import mlp, throughput
 
@@ -19,6 +20,7 @@ SCENARIOS: dict[str, Callable[[Bench], Result]] = {
     "throughput": throughput,
     "mlp": mlp,
     "open_loop": open_loop,
+    "priorities": priorities,
     "sigterm": sigterm,
     "footprint": footprint,
     "swaps": swaps,
@@ -26,7 +28,6 @@ SCENARIOS: dict[str, Callable[[Bench], Result]] = {
 
 #: Promised and not measured here, with the reason.
 NOT_MEASURED = {
-    "priorities at 120% load": "the agent has no priority classes yet",
     "1,000 load/unload cycles of a process-isolated model": "the agent runs engines in its own process",
     "soak and fuzzing": "tests, not benchmarks",
 }
