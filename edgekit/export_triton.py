@@ -59,6 +59,12 @@ def export(bundle_path: Path, repository: Path, labels: str | None = None) -> Ex
     """
     with open_bundle(bundle_path) as opened, bundle_errors():
         manifest = opened.manifest
+        if manifest.composition:
+            raise BadInput(
+                f"{manifest.name} cannot be a model of a Triton repository",
+                f"it is made of {len(manifest.composition)} graphs, which edgekit-agent chains",
+                "serve it with edgekit-agent, or export each graph's own bundle",
+            )
         directory = repository / manifest.name
         output, names = _labels(manifest, labels)
         config = config_text(manifest, {output: _LABELS_NAME} if output else {})

@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, Iterator, Optional
 import numpy as np
 import onnx
 import pytest
+import tritonclient.grpc
 import tritonclient.http
 from onnx import helper
 from tritonclient.utils import InferenceServerException
@@ -86,7 +87,7 @@ def agent(root: Path) -> Iterator[AgentProcess]:
     directory = root.parent / "agent"
     directory.mkdir()
     arguments = ["--model-repository", str(root), "--model-control-mode", "explicit", "--load-model", "*"]
-    settings = f'[limits]\nmax_upload_bytes = 100000\n[http]\nport = 0\nunix = "{directory / "http.sock"}"\n'
+    settings = "[grpc]\nenabled = true\nport = 0\n[limits]\nmax_upload_bytes = 100000\n"
     running = AgentProcess(directory, settings, arguments)
     install(directory / "state", [linear_bundle(root.parent / "bundle")])
     yield running.start()
@@ -144,6 +145,24 @@ def test_classification_names_the_best_classes(client: Any, binary: bool) -> Non
         score, index, label = text.split(":")
         assert (int(index), label) == (row.argmax(), ["ant", "bee", "cat", "dog"][row.argmax()])
         assert float(score) == pytest.approx(row.max(), abs=1e-6)
+
+
+def test_grpc_sees_the_same_repository(agent: AgentProcess) -> None:
+    """Versions, classes, configuration and an upload, through Triton's gRPC client."""
+    address = agent.wait_for(r"grpc=(\S+)").group(1)
+    with tritonclient.grpc.InferenceServerClient(address) as client:
+        tensor = tritonclient.grpc.InferInput("x", [2, 8], "FP32")
+        tensor.set_data_from_numpy(X)
+        wanted = tritonclient.grpc.InferRequestedOutput("scores", class_count=1)
+        answer = client.infer("linear", [tensor], outputs=[wanted], model_version="1").as_numpy("scores")
+        best = session_of(linear(seed=1)).run(None, {"x": X})[0].argmax(axis=1)
+        assert [int(text.split(b":")[1]) for text in answer.ravel()] == best.tolist()
+        assert client.get_model_config("linear").config.output[0].label_filename == "labels.txt"
+        graph = linear(seed=8).SerializeToString()
+        client.load_model("over-grpc", config="{}", files={"file:1/model.onnx": graph})
+        expected = session_of(linear(seed=8)).run(None, {"x": X})[0]
+        assert np.array_equal(client.infer("over-grpc", [tensor]).as_numpy("scores"), expected)
+        client.unload_model("over-grpc")
 
 
 def test_what_does_not_load_says_why_and_harms_nobody(client: Any, agent: AgentProcess) -> None:

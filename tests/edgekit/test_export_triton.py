@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import model_config_pb2
 
-from device_agent.manifest import Contract, Golden, Manifest, TensorSpec, Tolerance
+from device_agent.manifest import Contract, Golden, Manifest, Step, TensorSpec, Tolerance
 from device_agent.repository.document import from_text
 from edgekit import bundle, export_triton
 from edgekit.errors import BadInput
@@ -193,6 +193,22 @@ def test_what_is_there_is_never_mixed_up(packed: bundle.Bundle, tmp_path: Path) 
     with pytest.raises(BadInput, match="another model"):
         export_triton.export(packed.directory, repository)
     assert (done.directory / "config.pbtxt").read_text() == "max_batch_size: 2"
+
+
+def test_a_composition_is_refused(tmp_path: Path) -> None:
+    """A model of several graphs is not exported by halves."""
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    for name in ("model.onnx", "after.onnx", "golden_inputs.npz", "golden_outputs.npz"):
+        (staging / name).write_bytes(graph())
+    steps = (
+        Step("model", "model.onnx", {"x": "x"}, {"scores": "middle"}),
+        Step("after", "after.onnx", {"x": "middle"}, {"scores": "scores"}),
+    )
+    packed = bundle.pack(staging, manifest_of(composition=steps), tmp_path / "out")
+    with pytest.raises(BadInput, match="2 graphs"):
+        export_triton.export(packed.directory, tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
 
 
 def test_wrong_labels_are_three_lines(packed: bundle.Bundle, tmp_path: Path) -> None:
