@@ -15,7 +15,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from calibration.affine import Floats
-from calibration.graph import Array, Index, outer_reads
+from calibration.graph import Array, Index, drop_unused_constants, outer_reads
 from calibration.methods.layers import Editor, Site, bias_site, is_layer, outputs_of
 from calibration.methods.rows import Row, Taps
 from calibration.storage import copied
@@ -103,6 +103,7 @@ def _with_free_biases(quantized: ModelProto, layers: Sequence[_Layer]) -> ModelP
             node.input.append("")
         node.input[layer.site.slot] = layer.feed
         model.graph.input.append(helper.make_tensor_value_info(layer.feed, TensorProto.FLOAT, None))
+    drop_unused_constants(model.graph)
     return model
 
 

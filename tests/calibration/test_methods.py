@@ -205,3 +205,32 @@ def test_a_layer_without_a_bias_gets_one() -> None:
     nodes = {node.name: node for node in corrected.graph.node}
     assert (len(nodes["conv"].input), len(nodes["product"].input)) == (3, 2)
     assert correct_biases(model, int8.model, ("product",), rows, threads=1) is None
+
+
+def test_wide_biases_of_matrix_products_are_corrected() -> None:
+    """A bias that is an Add's constant is corrected too, however wide it is."""
+    rng = np.random.default_rng(0)
+    model = prepare(
+        build(
+            [
+                helper.make_node("MatMul", ["x", "w"], ["p"], name="product"),
+                helper.make_node("Add", ["bias", "p"], ["y"], name="sum"),
+            ],
+            {"x": (TensorProto.FLOAT, ["n", 16])},
+            {"y": ["n", 400]},
+            {
+                "w": rng.normal(0, 1, (16, 400)).astype(np.float32),
+                "bias": rng.normal(0, 1, 400).astype(np.float32),
+            },
+        )
+    )
+    x = rng.normal(1, 1, (64, 16)).astype(np.float32)
+    scales = calibrate(model, [{"x": x}], observer="percentile", percentile=90.0)
+    int8 = quantize(model, scales)
+    corrected = _required(correct_biases(model, int8.model, ("product",), [{"x": x}], threads=1))
+    want = run(model, {"x": x})[0]
+    errors = [
+        np.abs((run(m, {"x": x})[0] - want).mean(axis=0)).max()
+        for m in (int8.model, quantize(corrected, scales).model)
+    ]
+    assert errors[1] < 0.1 * errors[0]
