@@ -53,7 +53,7 @@ class Repository:
         self._uploads = Uploads(settings.max_upload_bytes)
         self._directories: Dict[str, Path] = {}  # of models that were loaded, also from an upload
         self._failures: Dict[str, str] = {}
-        self._turns: Dict[str, asyncio.Lock] = {}
+        self._turn = asyncio.Lock()  # one model is prepared at a time: it takes the processor and memory
 
     async def start(self) -> None:
         """Load what should serve from the start; a model that does not load is logged and left out."""
@@ -65,16 +65,15 @@ class Repository:
             except AgentError as error:
                 self._failures[name] = f"{error.what}: {error.why}"
                 _log.error("model %s is not served: %s: %s", name, error.what, error.why)
+            except Exception as error:  # whatever a runtime raised, the other models may still serve
+                self._failures[name] = f"{type(error).__name__}: {error}"
+                _log.exception("model %s is not served", name)
 
     def _startup_names(self) -> List[str]:
         wanted = self._settings.load_models
         if self._settings.control_mode == EXPLICIT and "*" not in wanted:
             return list(wanted)
         return files.model_names(self._settings.root)
-
-    def owns(self, name: str) -> bool:
-        """Whether a model is the repository's: in its directory, or uploaded."""
-        return name in self._directories or name in files.model_names(self._settings.root)
 
     def index(self) -> List[Dict[str, str]]:
         """What does not serve, and why; what serves is known to ``Models``."""
@@ -129,7 +128,7 @@ class Repository:
 
     async def _load(self, name: str, directory: Path, override: Optional[str]) -> List[LoadedModel]:
         loop = asyncio.get_running_loop()
-        async with self._turns.setdefault(name, asyncio.Lock()):
+        async with self._turn:
             serving = self._models.versions(name)
             prepare = partial(prepare_versions, self._models, directory, override, serving)
             versions = await loop.run_in_executor(None, prepare)

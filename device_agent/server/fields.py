@@ -155,8 +155,10 @@ def binary_size(item: Mapping[str, Any], parameters: Mapping[str, Any], name: st
     return int(size)
 
 
-def load_parameters(parameters: Mapping[str, Any]) -> Tuple[Optional[str], Dict[str, bytes]]:
+def load_parameters(body: bytes) -> Tuple[Optional[str], Dict[str, bytes]]:
     """What a load request brings along: a configuration in JSON, and files in base64 by path."""
+    wanted = load_json(body, "the request") if body else {}
+    parameters = object_field(wanted, "parameters", "the request")
     config = parameters.get("config")
     if config is not None and not isinstance(config, str):
         raise ProtocolError(400, "the parameter 'config' is not a string of JSON")
@@ -167,5 +169,5 @@ def load_parameters(parameters: Mapping[str, Any]) -> Tuple[Optional[str], Dict[
         try:
             files[key[len(_FILE_PREFIX) :]] = base64.b64decode(value, validate=True)
         except (TypeError, ValueError) as error:
-            raise ProtocolError(400, f"the parameter '{key}' is not base64") from error
+            raise ProtocolError(400, f"the parameter {shown(key)} is not base64") from error
     return config, files

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from functools import partial
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 from device_agent.batching.job import Job
 from device_agent.server.connection import BINARY, JSON, Connection, Request
@@ -15,7 +16,6 @@ from device_agent.server.fields import (
     error_body,
     load_json,
     load_parameters,
-    object_field,
     shown,
 )
 from device_agent.server.interface import InferRequest
@@ -142,22 +142,19 @@ class InferenceRoutes:
         _respond_json(connection, self._service.index(bool(wanted.get("ready"))))
 
     def _load(self, request: Request, connection: Connection, route: Route) -> None:
-        body = decompress(
-            request.body, request.headers.get(b"content-encoding"), self._service.max_body_bytes
-        )
-        wanted = load_json(bytes(body), "the request") if body else {}
-        config, files = load_parameters(object_field(wanted, "parameters", "the request"))
-        self._service.spawn(self._load_and_answer(route.name or "", config, files, connection))
+        coding = request.headers.get(b"content-encoding")
+        body = bytes(decompress(request.body, coding, self._service.max_body_bytes))
+        self._service.spawn(self._load_and_answer(route.name or "", body, connection))
 
-    async def _load_and_answer(
-        self, name: str, config: Optional[str], files: Mapping[str, bytes], connection: Connection
-    ) -> None:
+    async def _load_and_answer(self, name: str, body: bytes, connection: Connection) -> None:
         try:
+            # A model inside the request is megabytes of JSON, which the requests of others must not wait for.
+            loop = asyncio.get_running_loop()
+            config, files = await loop.run_in_executor(None, load_parameters, body)
             await self._service.load(name, config, files)
         except ProtocolError as error:
             _respond_error(connection, error)
         except Exception:
-            # Whatever a runtime or a disk raises, the client must not wait for ever.
             _log.exception("model %s could not be loaded", name)
             _respond_error(connection, ProtocolError(500, INTERNAL_ERROR))
         else:
