@@ -161,6 +161,7 @@ class Metrics:
         self._models: Dict[Tuple[str, str], ModelMetrics] = {}
         self._active: Dict[str, Mapping[str, str]] = {}
         self.http_errors: Dict[int, int] = {}
+        self.grpc_errors: Dict[str, int] = {}
 
     def of_model(self, name: str, digest: str) -> ModelMetrics:
         """Counters of a model version; the same ones if that version was here before."""
@@ -204,6 +205,10 @@ class Metrics:
     def count_http_error(self, status: int) -> None:
         """Count an answer with a status of 400 or more."""
         self.http_errors[status] = self.http_errors.get(status, 0) + 1
+
+    def count_grpc_error(self, code: str) -> None:
+        """Count an answer with another status code than ``OK``."""
+        self.grpc_errors[code] = self.grpc_errors.get(code, 0) + 1
 
     def models(self) -> Iterator[Tuple[str, str, ModelMetrics]]:
         """Name, digest and counters of every version known."""

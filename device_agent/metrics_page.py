@@ -118,3 +118,7 @@ class _Collector:
         for status, count in sorted(self._metrics.http_errors.items()):
             errors.add_metric([str(status)], count)
         yield errors
+        failures = CounterMetricFamily("edgekit_grpc_errors", "Requests that gRPC failed", labels=("code",))
+        for code, count in sorted(self._metrics.grpc_errors.items()):
+            failures.add_metric([code], count)
+        yield failures

@@ -88,7 +88,7 @@ async def _serve(config: Config, store: Store, settings: Optional[RepositorySett
     metrics_address = await _listen(status, config.metrics)
     if config.http.unix:
         await http.start_unix(Path(config.http.unix), config.http.unix_mode)
-    grpc = _open_grpc(service, config) if config.grpc.enabled else None
+    grpc = _open_grpc(service, config, metrics) if config.grpc.enabled else None
     grpc_address = await _listen(grpc, config.grpc) if grpc is not None else ""
     await loop.run_in_executor(None, lifecycle.restore)
     if repository is not None:
@@ -137,7 +137,7 @@ async def _retire_all(models: Models) -> None:
         await asyncio.wait_for(asyncio.gather(*retiring), timeout=1.0)
 
 
-def _open_grpc(service: InferenceService, config: Config) -> GrpcServer:
+def _open_grpc(service: InferenceService, config: Config, metrics: Metrics) -> GrpcServer:
     try:
         from device_agent.server.grpc_server import GrpcServer  # megabytes, and a tenth of a second
     except ImportError as error:
@@ -146,7 +146,7 @@ def _open_grpc(service: InferenceService, config: Config) -> GrpcServer:
             str(error),
             "install edgekit-agent[grpc], or set enabled = false under [grpc] in agent.toml",
         ) from error
-    return GrpcServer(service, config.limits)
+    return GrpcServer(service, config.limits, metrics.count_grpc_error)
 
 
 async def _listen(server: Server, address: Address) -> str:

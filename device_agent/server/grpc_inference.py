@@ -21,7 +21,7 @@ from device_agent.server.grpc_protocol import (
     stream_error,
     stream_response,
 )
-from device_agent.server.grpc_status import abort
+from device_agent.server.grpc_status import CountError, abort, code_of
 from device_agent.server.interface import InferRequest
 from device_agent.server.service import INTERNAL_ERROR, InferenceService, ServedModel
 
@@ -38,9 +38,11 @@ class GrpcInference:
 
     Args:
         service: what is called.
+        count_error: told the status code of every failed request.
     """
 
-    def __init__(self, service: InferenceService) -> None:
+    def __init__(self, service: InferenceService, count_error: CountError) -> None:
+        self.count_error = count_error
         self._service = service
         self._protocols: Dict[Tuple[str, str], GrpcProtocol] = {}
         self._streams: Set[_Stream] = set()
@@ -57,12 +59,12 @@ class GrpcInference:
         except Exception:
             _log.exception("an inference request failed")
             failure = ProtocolError(500, INTERNAL_ERROR)
-        return await abort(context, failure)
+        return await abort(context, failure, self.count_error)
 
     async def stream(self, requests: Any, context: Any) -> None:
         """Answer the requests of a stream in their order; one that fails does not end it."""
         if self._refuses:
-            await abort(context, _stopping())
+            await abort(context, _stopping(), self.count_error)
         stream = _Stream(self, context)
         self._streams.add(stream)
         try:
@@ -161,7 +163,7 @@ class _Stream:
         if failure is None and self._is_ended:
             failure = _stopping()
         if failure is not None:
-            await abort(self._context, failure)
+            await abort(self._context, failure, self._inference.count_error)
 
     def end(self) -> None:
         """Read no more."""
@@ -202,6 +204,7 @@ class _Stream:
             failure = ProtocolError(500, INTERNAL_ERROR)
         if self._is_strict:
             raise failure
+        self._inference.count_error(code_of(failure).name)
         return stream_error(request_id, failure.message)
 
     def _forget_unanswered(self) -> None:

@@ -95,9 +95,12 @@ message ModelConfig
   6 ModelOutput* output
   7 ModelInstanceGroup* instance_group
   8 string default_model_filename
+  10 map<string,string> metric_tags
   11 ModelDynamicBatching dynamic_batching
   14 map<string,ModelParameter> parameters
+  16 ModelWarmup* model_warmup
   17 string backend
+  24 ModelResponseCache response_cache
 
 message ModelVersionPolicy
   1 LatestVersions latest
@@ -147,6 +150,22 @@ message ModelQueuePolicy
   2 uint64 default_timeout_microseconds
   3 bool allow_timeout_override
   4 uint32 max_queue_size
+
+message ModelWarmup
+  1 string name
+  2 uint32 batch_size
+  3 map<string,WarmupInput> inputs
+  4 uint32 count
+
+message WarmupInput
+  1 DataType data_type
+  2 int64* dims
+  3 bool? zero_data
+  4 bool? random_data
+  5 string? input_data_file
+
+message ModelResponseCache
+  1 bool enable
 
 message ModelParameter
   1 string string_value

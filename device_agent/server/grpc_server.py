@@ -16,7 +16,7 @@ from device_agent.config import Address, Limits
 from device_agent.server.fields import ProtocolError
 from device_agent.server.grpc_inference import GrpcInference
 from device_agent.server.grpc_messages import SCHEMA
-from device_agent.server.grpc_status import abort
+from device_agent.server.grpc_status import CountError, abort
 from device_agent.server.service import INTERNAL_ERROR, InferenceService
 from device_agent.server.wire import WireError
 
@@ -35,18 +35,19 @@ _log = logging.getLogger(__name__)
 class GrpcServer:
     """A listener for gRPC."""
 
-    def __init__(self, service: InferenceService, limits: Limits) -> None:
+    def __init__(self, service: InferenceService, limits: Limits, count_error: CountError) -> None:
         """Create a server that does not listen yet; call it on the event loop.
 
         Args:
             service: what answers.
             limits: what a client may cost.
+            count_error: told the status code of every failed request.
         """
-        self._inference = GrpcInference(service)
+        self._inference = GrpcInference(service, count_error)
         self._server = grpc.aio.server(
             options=_options(limits), maximum_concurrent_rpcs=limits.max_connections
         )
-        methods = {name: _unary(call) for name, call in _calls(service).items()}
+        methods = {name: _unary(call, count_error) for name, call in _calls(service).items()}
         methods["ModelInfer"] = grpc.unary_unary_rpc_method_handler(self._inference.infer)
         methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._inference.stream)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
@@ -95,11 +96,11 @@ def _options(limits: Limits) -> Tuple[Tuple[str, int], ...]:
     )
 
 
-def _unary(call: Call) -> Any:
-    return grpc.unary_unary_rpc_method_handler(partial(_answer, call))
+def _unary(call: Call, count_error: CountError) -> Any:
+    return grpc.unary_unary_rpc_method_handler(partial(_answer, call, count_error))
 
 
-async def _answer(call: Call, message: bytes, context: Any) -> bytes:
+async def _answer(call: Call, count_error: CountError, message: bytes, context: Any) -> bytes:
     request_kind, response_kind, function = call
     try:
         values = function(SCHEMA.decode(request_kind, memoryview(message)))
@@ -113,7 +114,7 @@ async def _answer(call: Call, message: bytes, context: Any) -> bytes:
     except Exception:
         _log.exception("a %s failed", request_kind)
         failure = ProtocolError(500, INTERNAL_ERROR)
-    await abort(context, failure)
+    await abort(context, failure, count_error)
 
 
 def _calls(service: InferenceService) -> Dict[str, Call]:

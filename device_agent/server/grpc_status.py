@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, NoReturn
+from typing import Any, Callable, Dict, NoReturn
 
 import grpc
 
@@ -10,6 +10,9 @@ from device_agent.server.fields import ProtocolError
 from device_agent.server.grpc_messages import SCHEMA
 
 RETRY_AFTER_S = 1
+
+#: Told the name of the status code of every error.
+CountError = Callable[[str], None]
 
 # What Triton answers where it would answer with this status over HTTP.
 _CODES: Dict[int, grpc.StatusCode] = {
@@ -27,13 +30,14 @@ def code_of(error: ProtocolError) -> grpc.StatusCode:
     return _CODES.get(error.status, grpc.StatusCode.INTERNAL)
 
 
-async def abort(context: Any, error: ProtocolError) -> NoReturn:
+async def abort(context: Any, error: ProtocolError, count_error: CountError) -> NoReturn:
     """End a call with an error; ``UNAVAILABLE`` says when to try again.
 
     Clients with a retry policy heed ``grpc-retry-pushback-ms`` by themselves; others find a ``RetryInfo``
     (google.rpc, "error_details.proto") in the details of the status.
     """
     code = code_of(error)
+    count_error(code.name)
     metadata = _retry_metadata(error) if code is grpc.StatusCode.UNAVAILABLE else ()
     await context.abort(code, error.message, metadata)
     raise error  # not reached: abort raises

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
@@ -279,6 +280,58 @@ def test_the_asynchronous_clients_work(agent: AgentProcess, client: Any) -> None
     result, error = answers.get(timeout=20)
     assert error is None
     np.testing.assert_array_equal(result.as_numpy("scores"), direct(x))
+
+
+CONFIG = """
+backend: "onnxruntime" max_batch_size: 4
+input { name: "x" data_type: TYPE_FP32 dims: [8] }
+output { name: "scores" data_type: TYPE_FP32 dims: [4] label_filename: "labels.txt" }
+version_policy { all { } }
+dynamic_batching {
+  preferred_batch_size: [2, 4] max_queue_delay_microseconds: 100 preserve_ordering: true
+  priority_levels: 3 default_priority_level: 2
+  default_queue_policy { timeout_action: DELAY max_queue_size: 7 }
+  priority_queue_policy { key: 1 value { max_queue_size: 3 } }
+}
+parameters { key: "intra_op_thread_count" value { string_value: "1" } }
+model_warmup {
+  name: "w" batch_size: 1 inputs { key: "x" value { data_type: TYPE_FP32 dims: [8] zero_data: true } }
+}
+"""
+
+
+def test_a_repository_is_served_over_grpc_too(
+    start_agent: Callable[..., AgentProcess], tmp_path: Path
+) -> None:
+    """Configurations are whole, classes are named, and a load request brings a model along."""
+    model = linear().SerializeToString()
+    directory = tmp_path / "repository" / "classes"
+    (directory / "1").mkdir(parents=True)
+    (directory / "1" / "model.onnx").write_bytes(model)
+    (directory / "labels.txt").write_text("a\nb\nc\nd\n")
+    (directory / "config.pbtxt").write_text(CONFIG)
+    arguments = ["--model-repository", str(directory.parent), "--model-control-mode", "explicit"]
+    agent = start_agent(settings=GRPC, arguments=[*arguments, "--load-model", "*"])
+    x = np.ones((1, 8), np.float32)
+    with tritonclient.grpc.InferenceServerClient(grpc_address(agent)) as client:
+        with tritonclient.http.InferenceServerClient(agent.http) as http:
+            document = http.get_model_config("classes")
+        config = client.get_model_config("classes").config
+        assert config == json_format.ParseDict(document, type(config)())
+        wish = tritonclient.grpc.InferRequestedOutput("scores", class_count=1)
+        (best,) = client.infer("classes", [tensor(x)], outputs=[wish]).as_numpy("scores")[0]
+        assert best.decode().endswith(f":{direct(x).argmax()}:{'abcd'[direct(x).argmax()]}")
+        client.load_model("sent", config='{"backend": "onnxruntime"}', files={"file:1/model.onnx": model})
+        np.testing.assert_array_equal(client.infer("sent", [tensor(x)]).as_numpy("scores"), direct(x))
+
+
+def test_failures_are_counted_by_code(agent: AgentProcess, client: Any) -> None:
+    """Prometheus sees each status code other than OK."""
+    with pytest.raises(InferenceServerException):
+        client.get_model_metadata("nothing")
+    with urllib.request.urlopen(f"http://{agent.metrics}/metrics", timeout=20) as page:
+        text = page.read().decode()
+    assert 'edgekit_grpc_errors_total{code="NOT_FOUND"}' in text
 
 
 # Shared memory

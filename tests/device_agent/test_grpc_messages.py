@@ -32,6 +32,7 @@ NESTED = {
     "LatestVersions": "ModelVersionPolicy.Latest",
     "SpecificVersions": "ModelVersionPolicy.Specific",
     "InstanceKind": "ModelInstanceGroup.Kind",
+    "WarmupInput": "ModelWarmup.Input",
     "TimeoutAction": "ModelQueuePolicy.TimeoutAction",
 }
 OF_GOOGLE = {"Empty", "Status", "Any", "RetryInfo", "Duration"}  # not in Triton's files
