@@ -6,7 +6,7 @@ received straight into memory of its own, placed so that the tensors behind its 
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Tuple
 
 import numpy as np
 
@@ -70,11 +70,17 @@ class Body:
         self.rest = memory.data[offset : offset + size]
         self.rest[: self.received] = self._first if self._joined is None else self._joined
 
-    def whole(self) -> memoryview:
-        """Everything that has come."""
-        if self.rest is not None:
-            return self.rest
-        return memoryview(self._first if self._joined is None else self._joined)
+    def finish(self) -> Tuple[memoryview, Optional[np.ndarray[Any, Any]]]:
+        """Everything that has come, and the memory that it lies in if that can be reused; then as new."""
+        first, joined, rest, memory = self._first, self._joined, self.rest, self.memory
+        self.announced = None
+        self.received = self.pieces = 0
+        self._first = b""
+        if rest is not None:
+            self.rest = self.memory = self._joined = None
+            return rest, memory
+        self._joined = None
+        return memoryview(first if joined is None else joined), None
 
     def reuse(self, memory: Optional[np.ndarray[Any, Any]]) -> None:
         """Take back the memory of an answered request, for the next long body; None: let go of it.

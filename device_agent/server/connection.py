@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 JSON = b"application/json"
 BINARY = b"application/octet-stream"
 
+_CHUNKED = b"chunked"
 _RECEIVE_BYTES = 16 * 1024
 _MAX_HEAD_BYTES = 32 * 1024
 _CHUNK_HEAD_BYTES = 16  # what a chunk may spend on its length; more is charged to the head
@@ -151,7 +152,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _feed(self, data: Buffer) -> None:
         self._fed_bytes += len(data)
-        self._check_framing()
+        if self._fed_bytes > _MAX_HEAD_BYTES:
+            self._check_framing()
         try:
             while data and not self._closing and not self._stopped:
                 data = self._parse(data)
@@ -205,10 +207,12 @@ class Connection(asyncio.BufferedProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header, or a trailer: those come too late to change how a request is read, and are ignored."""
-        if self._incoming is None or not self._in_head:
+        incoming = self._incoming
+        if incoming is None or not self._in_head:
             return
-        headers, name, value = self._incoming.headers, name.lower(), value.strip()
-        headers[name] = b"%s, %s" % (headers[name], value) if name in headers else value
+        name, value = name.lower(), value.strip()
+        known = incoming.headers.get(name)
+        incoming.headers[name] = value if known is None else b"%s, %s" % (known, value)
 
     def on_headers_complete(self) -> None:
         """The head is whole: check what it announces before the body comes."""
@@ -223,7 +227,7 @@ class Connection(asyncio.BufferedProtocol):
             incoming.keep_alive = False  # what follows is for whom it wants to be connected to
         elif self._parser.should_upgrade():
             self._incoming, self._upgrading = None, incoming
-        elif incoming.headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
+        elif incoming.headers.get(b"transfer-encoding", _CHUNKED).lower() != _CHUNKED:
             self._fail(501, "the only Transfer-Encoding that is supported is chunked")
         else:
             self._expect_body(incoming)
@@ -255,8 +259,7 @@ class Connection(asyncio.BufferedProtocol):
         self._fed_bytes = 0
         if request is None or self._closing:
             return
-        request.body, request.memory = self._body.whole(), self._body.memory
-        self._body.clear()
+        request.body, request.memory = self._body.finish()
         if self._active is not None or self._pending or not self._writable:
             if self._active is not None:
                 self._deadline_s = None
