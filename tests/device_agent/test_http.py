@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import socket
 import time
 import urllib.error
@@ -553,6 +554,53 @@ def slow_model(loops: int) -> Any:
     nodes = [helper.make_node("MatMul", [names[i], "w"], [names[i + 1]]) for i in range(loops)]
     spec = [TensorSpec("x", "FP32", (-1, 512)), TensorSpec("y", "FP32", (-1, 512))]
     return make_model(nodes, spec[:1], spec[1:], [weights])
+
+
+def slow_request(**parameters: int) -> bytes:
+    """A whole request to :func:`slow_model`."""
+    body = json.dumps({
+        "inputs": [{"name": "x", "shape": [1, 512], "datatype": "FP32", "data": [1.0] * 512}],
+        "parameters": parameters,
+    }).encode()  # fmt: skip
+    return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def test_what_cannot_meet_the_objective_is_refused(
+    start_agent: Callable[..., AgentProcess], tmp_path: Path
+) -> None:
+    """Where a single run takes longer than ``slo_ms``, the client is told at once and nothing is computed."""
+    golden = {"x": np.ones((1, 512), np.float32)}
+    agent = start_agent(
+        write_bundle(tmp_path / "b", slow_model(400), golden), settings="[models.model]\nslo_ms = 0.5\n"
+    )
+    with connect(agent) as sock, sock.makefile("rb") as stream:
+        sock.sendall(slow_request())
+        status, headers, text = read_response(stream)
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert b"cannot be answered in time" in text
+    status, stats = request(agent, "/v2/models/model/stats")
+    assert stats["model_stats"][0]["execution_count"] == 0
+
+
+def test_a_higher_priority_is_served_first(start_agent: Callable[..., AgentProcess], tmp_path: Path) -> None:
+    """A request of level 1 overtakes those of level 2 that wait; the config shows the levels."""
+    golden = {"x": np.ones((1, 512), np.float32)}
+    agent = start_agent(
+        write_bundle(tmp_path / "b", slow_model(400), golden, max_batch_size=1),
+        settings="[models.model.batching]\npriority_levels = 2\ndefault_priority_level = 2\n",
+    )
+    _, document = request(agent, "/v2/models/model/config")
+    assert document["dynamic_batching"]["priority_levels"] == 2
+    sockets = {connect(agent): level for level in [0] * 12 + [1]}
+    for sock, level in sockets.items():
+        sock.sendall(slow_request(priority=level))
+    order = []
+    while len(order) < len(sockets):
+        readable, _, _ = select.select([sock for sock in sockets if sock not in order], [], [], 20)
+        order += readable
+    for sock in sockets:
+        sock.close()
+    assert [sockets[sock] for sock in order].index(1) < 9
 
 
 def test_a_full_queue_is_503_with_advice(start_agent: Callable[..., AgentProcess], tmp_path: Path) -> None:
