@@ -42,7 +42,9 @@ def calibrate(
 
     Args:
         model: a float model or its file; it is prepared first (see ``prepare``).
-        samples: mappings from input names to arrays, batch axis first; read once, one at a time.
+        samples: mappings from input names to arrays; read once, one at a time. Rows are cut along the axis
+            whose symbol is called like a batch in every input, else along a free first axis; a sample of a
+            model without either is one row.
         observer: ``minmax``, ``percentile``, ``mse`` (least squared error) or ``entropy``.
         percentile: with ``percentile``, the share of values to keep on each side.
         threads: rows that run at once, each on one thread; 0: one for each processor, at most eight.

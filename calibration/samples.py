@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ from calibration.graph import Array, dims, model_inputs
 
 #: The input that marks padding in text models, by the convention of the Hugging Face tokenizers.
 MASK_INPUT = "attention_mask"
+#: Symbols of a batch axis, and of axes that are none though they come first.
+_BATCH = re.compile(r"(batch.*|n|b|bs)", re.IGNORECASE)
+_LENGTH = re.compile(r"(time|seq|length|frame|step|t$|s$)", re.IGNORECASE)
 #: How a mask may be typed: a bool input called attention_mask marks padding as an integer one does.
 _MASK_TYPES = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL, TensorProto.FLOAT)
 
@@ -25,13 +29,14 @@ class Signature:
     Attributes:
         dtypes: by input name.
         shapes: by input name; an int, or a symbol or None where the axis is free.
-        batched: whether axis 0 of every input is the same free axis, so that rows can be run one by one.
+        batch_axes: by input name, the axis along which rows can be cut and run one by one; None: the
+            model has no such axis in every input.
         mask: name of the padding mask, where there is one.
     """
 
     dtypes: Mapping[str, np.dtype[np.generic]]
     shapes: Mapping[str, Sequence[int | str | None]]
-    batched: bool
+    batch_axes: Mapping[str, int] | None
     mask: str | None
 
 
@@ -39,14 +44,29 @@ def signature(model: ModelProto) -> Signature:
     """Read the inputs of a model."""
     inputs = model_inputs(model)
     shapes = {value.name: dims(value) for value in inputs}
-    first = [shape[0] if shape else 1 for shape in shapes.values()]
-    batched = bool(first) and not any(isinstance(size, int) for size in first) and len(set(first)) == 1
     mask = next((value.name for value in inputs if _is_mask(value)), None)
     dtypes = {
         value.name: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
         for value in inputs
     }
-    return Signature(dtypes, shapes, batched, mask)
+    return Signature(dtypes, shapes, _batch_axes(shapes), mask)
+
+
+def _batch_axes(shapes: Mapping[str, Sequence[int | str | None]]) -> Mapping[str, int] | None:
+    """The axis of the batch in each input; None where one of them has none.
+
+    It is the axis whose symbol is called like a batch, wherever it stands: recurrent models have it second.
+    Where no symbol is, it is the first axis, if that is free and not called like a length.
+    """
+    symbols = [symbol for shape in shapes.values() for symbol in shape if isinstance(symbol, str)]
+    for symbol in dict.fromkeys(symbols):
+        if _BATCH.fullmatch(symbol) and all(list(shape).count(symbol) == 1 for shape in shapes.values()):
+            return {name: list(shape).index(symbol) for name, shape in shapes.items()}
+    first = {shape[0] if shape else 0 for shape in shapes.values()}
+    sizes = [size for size in first if not isinstance(size, int)]
+    if len(first) != 1 or not sizes or (sizes[0] is not None and _LENGTH.match(sizes[0])):
+        return None
+    return dict.fromkeys(shapes, 0)
 
 
 def _is_mask(value: onnx.ValueInfoProto) -> bool:
@@ -66,8 +86,8 @@ def check(sample: Mapping[str, Array], expected: Signature, position: int) -> No
         raise _misfit(position, f"{found}; the model's inputs are {sorted(expected.shapes)}")
     for name, shape in expected.shapes.items():
         _check_array(sample[name], name, shape, expected.dtypes[name], position)
-    if expected.batched and len({len(sample[name]) for name in expected.shapes}) != 1:
-        sizes = {name: len(sample[name]) for name in expected.shapes}
+    sizes = {name: sample[name].shape[axis] for name, axis in (expected.batch_axes or {}).items()}
+    if len(set(sizes.values())) > 1:
         raise _misfit(position, f"its inputs have different batch sizes: {sizes}")
 
 
@@ -96,14 +116,17 @@ def rows(sample: Mapping[str, Array], expected: Signature) -> Iterator[dict[str,
     """Cut a sample into rows of batch 1, each without the padding at its end.
 
     Rows are run one by one because float kernels may differ in the last bit between batch sizes:
-    this way the scales do not depend on how the samples were batched. Where the batch is not free, the
+    this way the scales do not depend on how the samples were batched. Where there is no free batch axis, the
     sample is one row.
     """
-    if not expected.batched:
+    axes = expected.batch_axes
+    if axes is None:
         yield _without_padding(dict(sample), expected)
         return
-    for i in range(len(sample[next(iter(expected.shapes))])):
-        yield _without_padding({name: value[i : i + 1] for name, value in sample.items()}, expected)
+    name, axis = next(iter(axes.items()))
+    for i in range(sample[name].shape[axis]):
+        row = {name: np.take(value, [i], axes[name]) for name, value in sample.items()}
+        yield _without_padding(row, expected)
 
 
 def _without_padding(row: dict[str, Array], expected: Signature) -> dict[str, Array]:

@@ -17,7 +17,7 @@ def operators(model: ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
-@pytest.mark.parametrize("version", [9, 11, 13, 18, 20, 22])
+@pytest.mark.parametrize("version", [9, *range(11, 23)])
 def test_function_is_unchanged_for_every_opset(version: int, images: np.ndarray) -> None:
     """A CNN of any opset computes the same after preparation, at opset 13 or newer, without its norms."""
     model = make_residual_cnn(version)

@@ -79,7 +79,7 @@ def test_same_input_same_bytes(residual_cnn: ModelProto, cnn_scales: Scales) -> 
     assert once == again
 
 
-@pytest.mark.parametrize("version", [11, 13, 20])
+@pytest.mark.parametrize("version", range(11, 23))
 def test_per_channel_weights_load_from_every_opset(version: int, images: np.ndarray) -> None:
     """A model older than opset 13 is upgraded first, so its per-channel scales load and mean the same."""
     model = make_residual_cnn(version)

@@ -9,7 +9,7 @@ import pytest
 from graphs import build
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from calibration import CalibrationError, calibrate
+from calibration import CalibrationError, calibrate, quantize
 from calibration.observers import OBSERVERS
 
 
@@ -170,6 +170,83 @@ def test_unequal_batches_are_refused(attention: ModelProto, tokens: dict[str, np
     """Inputs of one sample have to have one batch size."""
     with pytest.raises(CalibrationError, match="different batch sizes"):
         calibrate(attention, [{**tokens, "attention_mask": tokens["attention_mask"][:2]}])
+
+
+def make_recurrent(batch: str | int) -> ModelProto:
+    """An LSTM whose state comes in and goes out, with the batch second, and a classifier of its end."""
+    rng = np.random.default_rng(0)
+    return build(
+        [
+            helper.make_node("LSTM", ["x", "w", "r", "", "", "h", "c"], ["", "hn", "cn"], hidden_size=8),
+            helper.make_node("Squeeze", ["hn", "axis"], ["last"]),
+            helper.make_node("MatMul", ["last", "out"], ["y"], name="head"),
+        ],
+        {
+            "x": (TensorProto.FLOAT, ["time", batch, 3]),
+            "h": (TensorProto.FLOAT, [1, batch, 8]),
+            "c": (TensorProto.FLOAT, [1, batch, 8]),
+        },
+        {"y": [batch, 2], "hn": [1, batch, 8], "cn": [1, batch, 8]},
+        {
+            "w": rng.normal(0, 1, (1, 32, 3)).astype(np.float32),
+            "r": rng.normal(0, 1, (1, 32, 8)).astype(np.float32),
+            "axis": np.array([0], np.int64),
+            "out": rng.normal(0, 1, (8, 2)).astype(np.float32),
+        },
+    )
+
+
+def recurrent_sample(batch: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    shapes = {"x": (5, batch, 3), "h": (1, batch, 8), "c": (1, batch, 8)}
+    return {name: rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_a_batch_on_another_axis_is_cut_there() -> None:
+    """Recurrent models with states and the batch second give the same scales however they are batched."""
+    model, whole = make_recurrent("batch"), recurrent_sample(6)
+    pairs = [{name: value[:, i : i + 2] for name, value in whole.items()} for i in (4, 0, 2)]
+    scales = calibrate(model, [whole], observer="entropy")
+    assert scales == calibrate(model, pairs, observer="entropy")
+    assert scales.samples == 6
+    assert scales.tensors["h"].elements == 6 * 8
+    report = quantize(model, scales).report
+    assert report.quantized == ("head",)
+    assert list(report.kept_float.values()) == ["LSTM runs over time steps"]
+
+
+def test_a_free_length_in_front_is_not_taken_for_a_batch() -> None:
+    """With a fixed batch of one, a sequence whose free length comes first runs whole."""
+    scales = calibrate(make_recurrent(1), [recurrent_sample(1), recurrent_sample(1)])
+    assert scales.samples == 2
+
+
+def test_unequal_batches_on_another_axis_are_refused() -> None:
+    """States of another batch size than the input's are refused with the sizes."""
+    sample = {**recurrent_sample(4), "h": recurrent_sample(3)["h"]}
+    with pytest.raises(CalibrationError, match="different batch sizes"):
+        calibrate(make_recurrent("batch"), [sample])
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_height_and_width_may_change(observer: str) -> None:
+    """Images of any height and width calibrate one model, in memory that the largest decides."""
+    model = build(
+        [
+            helper.make_node("Conv", ["image", "w"], ["c"], name="conv", pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", ["c"], ["y"]),
+        ],
+        {"image": (TensorProto.FLOAT, ["batch", 3, "height", "width"])},
+        {"y": ["batch", 4, "height", "width"]},
+        {"w": np.random.default_rng(0).normal(0, 1, (4, 3, 3, 3)).astype(np.float32)},
+    )
+    rng = np.random.default_rng(1)
+    sizes = [(8, 8), (5, 31), (16, 4)]
+    samples = [{"image": rng.normal(0, 1, (2, 3, *size)).astype(np.float32)} for size in sizes]
+    scales = calibrate(model, samples, observer=observer)
+    assert scales.tensors["image"].elements == sum(2 * 3 * height * width for height, width in sizes)
+    assert scales == calibrate(model, reversed(samples), observer=observer)
+    assert quantize(model, scales).report.int8_macs_fraction == 1.0
 
 
 def test_no_samples_is_an_error(residual_cnn: ModelProto) -> None:
