@@ -273,6 +273,7 @@ class Models:
             slo_s=model.slo_ms / 1e3 or None,
             weight=model.weight,
             one_core=on_one_core(placed),
+            own_thread=placed.isolate or bool(placed.placement),
             # An isolated engine's process has its place; what is left here only waits for it.
             placement=ANYWHERE if placed.isolate else placed.placement,
         )

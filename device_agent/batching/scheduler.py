@@ -52,6 +52,8 @@ class BatcherSettings:
         slo_s: within which a request should be answered; one that cannot be is refused. None: no objective.
         weight: the model's share of the engine, relative to the others'.
         one_core: whether the engine and the event loop have one core between them.
+        own_thread: run nothing on the event loop: the model has cores of its own, where the loop is not, or a
+            process that may hang.
         placement: where the model's own thread runs.
     """
 
@@ -61,6 +63,7 @@ class BatcherSettings:
     slo_s: Optional[float] = None
     weight: float = 1.0
     one_core: bool = False
+    own_thread: bool = False
     placement: Placement = ANYWHERE
 
 
@@ -207,6 +210,8 @@ class Scheduler:
         Where returns are awaited those are only the shortest: while the loop runs an engine, it does not see
         when clients come back.
         """
+        if self._settings.own_thread:
+            return 0.0
         alone = self._settings.one_core and not self._horizon_s
         return _INLINE_ON_ONE_CORE_BELOW_S if alone else INLINE_BELOW_S
 

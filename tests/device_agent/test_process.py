@@ -13,6 +13,7 @@ import pytest
 
 from agent_testing import AgentProcess, identity, linear, linear_bundle, session_of
 from device_agent import affinity
+from device_agent.batching.job import Job
 from device_agent.config import Config, ModelConfig
 from device_agent.engines.base import EngineError, EngineSettings, EngineUnavailable, InputError
 from device_agent.engines.process import ProcessEngine
@@ -249,6 +250,28 @@ def test_twenty_cycles_give_their_memory_and_descriptors_back(tmp_path: Path) ->
     assert after[0] < 1.05 * before[0]
     assert after[1:] == before[1:]
     assert not any(map(_is_alive, processes))
+
+
+def test_an_isolated_model_never_runs_on_the_event_loop(tmp_path: Path) -> None:
+    """However short its runs are, a process that hangs holds up its own model only, not the agent."""
+    bundle = linear_bundle(tmp_path / "1")
+    models = _isolated_models()
+
+    async def main() -> None:
+        loaded = models.prepare(bundle.directory, bundle.manifest, bundle.digest)
+        for _ in range(50):
+            loaded.batcher.latency.observe(1, 1e-6)
+        os.kill(loaded.engine.process, signal.SIGSTOP)
+        done = asyncio.get_running_loop().create_future()
+        loaded.batcher.submit(Job({"x": X}, 1, "k", done.set_result))
+        await asyncio.sleep(0.1)  # the loop turns
+        assert not done.done()
+        os.kill(loaded.engine.process, signal.SIGCONT)
+        job = await done
+        assert job.error is None
+        await models.retire(loaded)
+
+    asyncio.run(main())
 
 
 def test_an_isolated_model_survives_its_crash_over_http(
