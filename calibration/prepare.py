@@ -12,6 +12,7 @@ import onnx
 import onnx.inliner
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
+from calibration.branches import unfold_known_branches
 from calibration.canonical import rewrite
 from calibration.errors import CalibrationError
 from calibration.folding import fold_constants, fuse_batch_norms
@@ -55,6 +56,9 @@ def prepare(model: Source) -> ModelProto:
     _name_nodes(prepared)
     _lift_constants(prepared)
     fold_constants(prepared)
+    while unfold_known_branches(prepared):
+        _lift_constants(prepared)
+        fold_constants(prepared)
     _drop_identities(prepared)
     fuse_batch_norms(prepared)
     infer_shapes(prepared)

@@ -218,6 +218,42 @@ def test_nothing_to_quantize_is_an_error() -> None:
         quantize(model, scales)
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_branch_that_always_runs_is_quantized(flag: bool) -> None:
+    """Where the condition is a constant, computed from constants too, the branch that runs becomes INT8."""
+    rng = np.random.default_rng(0)
+
+    def branch(name: str) -> onnx.GraphProto:
+        """Both branches use the same names inside; each nests another If."""
+        output = helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)
+        same = helper.make_graph([helper.make_node("Identity", ["hidden"], ["inner"])], name, [], [output])
+        nodes = [
+            helper.make_node("MatMul", ["x", "local"], ["hidden"], name="product"),
+            helper.make_node("If", ["yes"], ["result"], then_branch=same, else_branch=same),
+        ]
+        weight = numpy_helper.from_array(rng.normal(0, 1, (3, 3)).astype(np.float32), "local")
+        result = helper.make_tensor_value_info("result", TensorProto.FLOAT, None)
+        return helper.make_graph(nodes, name, [], [result], [weight])
+
+    choice = {"then_branch": branch("then"), "else_branch": branch("else")}
+    model = build(
+        [
+            helper.make_node("Not", ["no"], ["yes"], name="invert"),
+            helper.make_node("And", ["yes", "flag"], ["condition"], name="decide"),
+            helper.make_node("If", ["condition"], ["y"], name="choice", **choice),
+        ],
+        {"x": (TensorProto.FLOAT, ["n", 3])},
+        {"y": ["n", 3]},
+        {"no": np.array(False), "flag": np.array(flag)},
+    )
+    feed = {"x": rng.normal(0, 1, (8, 3)).astype(np.float32)}
+    int8 = quantize(model, calibrate(model, [feed]))
+    onnx.checker.check_model(int8.model, full_check=True)
+    assert int8.report.quantized == ("choice/product",)
+    assert int8.report.int8_macs_fraction == 1.0
+    assert sqnr_db(run(model, feed), run(int8.model, feed)) > 25
+
+
 def test_recurrent_operators_are_named_and_counted() -> None:
     """An LSTM stays in float with a note, and its compute counts against the share of int8."""
     rng = np.random.default_rng(0)
