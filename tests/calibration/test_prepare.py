@@ -174,3 +174,15 @@ def test_every_node_gets_a_name_of_its_own() -> None:
     names = [node.name for node in prepare(model).graph.node]
     assert len(set(names)) == 3
     assert all(names)
+
+
+def test_an_opset_that_cannot_be_upgraded_is_refused() -> None:
+    """A model so old that its operators cannot be converted is refused by its opset, with what to do."""
+    node = helper.make_node("Add", ["x", "b"], ["y"], broadcast=1, axis=1)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2]) for name in ("x", "y")]
+    bias = numpy_helper.from_array(np.ones(2, np.float32), "b")
+    graph = helper.make_graph([node], "old", ends[:1], ends[1:], [bias])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 5)], ir_version=4)
+    with pytest.raises(CalibrationError, match="opset 5 is too old") as caught:
+        prepare(model)
+    assert "opset 13 or newer" in caught.value.fix

@@ -13,6 +13,7 @@ from graphs import build, make_residual_cnn, run
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from calibration import CalibrationError, Scales, calibrate, prepare, quantize, sqnr_db
+from calibration.observers import OBSERVERS
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,24 @@ def test_zero_and_constant_tensors_give_usable_scales() -> None:
     first, second = run(int8, feed)
     np.testing.assert_allclose(first[0, 1], 3.0, atol=0.02)
     np.testing.assert_allclose(second[0], np.array([0.0, 3.0])[:, None, None] * np.ones((2, 2, 2)), atol=0.02)
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e-7, 1e-30])
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-fp16"])
+def test_constant_activations_give_finite_results(observer: str, value: float, target: str) -> None:
+    """A tensor that is one value throughout has a scale above zero that holds the value."""
+    model = build(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
+        {"x": (TensorProto.FLOAT, ["n", 4])},
+        {"y": ["n", 2]},
+        {"w": np.ones((4, 2), np.float32)},
+    )
+    feed = {"x": np.full((3, 4), value, np.float32)}
+    int8 = quantize(model, calibrate(model, [feed], observer=observer), target).model
+    scales = [numpy_helper.to_array(t) for t in int8.graph.initializer if t.name.endswith("_scale")]
+    assert all((scale > 0).all() for scale in scales)
+    np.testing.assert_allclose(run(int8, feed)[0], 4 * np.float32(value), rtol=0.01, atol=1e-12)
 
 
 def test_seven_bit_weights(residual_cnn: ModelProto, cnn_scales: Scales, images: np.ndarray) -> None:
