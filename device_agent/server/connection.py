@@ -12,17 +12,16 @@ import logging
 import time
 from collections import deque
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Deque, Optional, Sequence
 
 import httptools
 
 from device_agent.server.body import Body
 from device_agent.server.fields import error_body
+from device_agent.server.request import Request, parse_length, without_upgrade
 from device_agent.tensors import Buffer
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from device_agent.server.http import HttpServer
 
 JSON = b"application/json"
@@ -32,7 +31,6 @@ _CHUNKED = b"chunked"
 _RECEIVE_BYTES = 16 * 1024
 _MAX_HEAD_BYTES = 32 * 1024
 _CHUNK_HEAD_BYTES = 16  # what a chunk may spend on its length; more is charged to the head
-_MAX_DIGITS = 18  # of a length; more is no length, and Python itself refuses thousands
 _MIN_BODY_BYTES_PER_S = 64 * 1024
 _LINGER_S = 2.0
 _SPARE_S = 5.0
@@ -43,30 +41,6 @@ _HEADS = {
 }
 
 _log = logging.getLogger(__name__)
-
-
-class Request:
-    """A received request.
-
-    Attributes:
-        method: such as ``POST``.
-        target: path and query as they were sent.
-        headers: by lower-case name; the values of a repeated one are joined by commas.
-        body: everything after the head; de-chunked, not decompressed.
-        keep_alive: whether the client will send more on this connection.
-        memory: what a long body lies in; None: it has none of its own.
-    """
-
-    __slots__ = ("body", "headers", "is_http_1_0", "keep_alive", "memory", "method", "target")
-
-    def __init__(self) -> None:
-        self.method = ""
-        self.target = b""
-        self.headers: Dict[bytes, bytes] = {}
-        self.body: memoryview = memoryview(b"")
-        self.keep_alive = True
-        self.is_http_1_0 = False
-        self.memory: Optional[np.ndarray[Any, Any]] = None
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -165,7 +139,7 @@ class Connection(asyncio.BufferedProtocol):
         else:
             if self._incoming is not None and self._body.is_long():
                 json_bytes = self._incoming.headers.get(b"inference-header-content-length")
-                self._body.receive_directly(_parse_int(json_bytes) or 0)
+                self._body.receive_directly(parse_length(json_bytes) or 0)
 
     def _parse(self, data: Buffer) -> bytes:
         """Let the parser have ``data``.
@@ -181,7 +155,7 @@ class Connection(asyncio.BufferedProtocol):
                 return b""
             # The parser takes all that follows for the other protocol, even the body of this request.
             self._parser = httptools.HttpRequestParser(self)
-            return _without_upgrade(request) + bytes(data[upgrade.args[0] :])
+            return without_upgrade(request) + bytes(data[upgrade.args[0] :])
         return b""
 
     def _check_framing(self) -> None:
@@ -233,7 +207,7 @@ class Connection(asyncio.BufferedProtocol):
             self._expect_body(incoming)
 
     def _expect_body(self, incoming: Request) -> None:
-        announced = _parse_int(incoming.headers.get(b"content-length"))
+        announced = parse_length(incoming.headers.get(b"content-length"))
         if announced is not None:
             limit = self._server.limits.max_body_bytes
             if announced > limit:
@@ -425,20 +399,3 @@ def _connection_header(request: Request, close: bool) -> bytes:
     if close:
         return b"Connection: close\r\n"
     return b"Connection: keep-alive\r\n" if request.is_http_1_0 else b""
-
-
-def _without_upgrade(request: Request) -> bytes:
-    """The head of a request again, without its wish for another protocol, which a server may ignore."""
-    version = b"1.0" if request.is_http_1_0 else b"1.1"
-    lines = [b"%s %s HTTP/%s" % (request.method.encode("ascii"), request.target, version)]
-    lines += [
-        b"%s: %s" % (name, value)
-        for name, value in request.headers.items()
-        if name not in (b"upgrade", b"connection")
-    ]
-    lines.append(b"Connection: keep-alive" if request.keep_alive else b"Connection: close")
-    return b"\r\n".join(lines) + b"\r\n\r\n"
-
-
-def _parse_int(value: Optional[bytes]) -> Optional[int]:
-    return int(value) if value is not None and value.isdigit() and len(value) <= _MAX_DIGITS else None

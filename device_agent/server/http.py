@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Callable, List, Optional, Set
 
 from device_agent.config import Address, Limits
-from device_agent.server.connection import Connection, Request
+from device_agent.server.connection import Connection
+from device_agent.server.request import Request
 from device_agent.server.unix_socket import bind
 
 _SWEEP_S = 0.5

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Callable, Dict, Optional, Tuple
 
 from device_agent.batching.job import Job
-from device_agent.server.connection import BINARY, JSON, Connection, Request
+from device_agent.server.connection import BINARY, JSON, Connection
 from device_agent.server.content import compress, decompress
 from device_agent.server.fields import (
     ProtocolError,
@@ -21,6 +21,7 @@ from device_agent.server.fields import (
 from device_agent.server.interface import InferRequest
 from device_agent.server.paths import Route, parse_path
 from device_agent.server.protocol import ModelProtocol
+from device_agent.server.request import Request, parse_length
 from device_agent.server.service import INTERNAL_ERROR, InferenceService, ServedModel
 
 _CACHED_ROUTES = 256
@@ -202,6 +203,7 @@ def _respond_health(connection: Connection, good: bool) -> None:
 def _json_bytes(value: Optional[bytes]) -> Optional[int]:
     if value is None:
         return None
-    if not value.isdigit() or len(value) > 18:  # no body is longer, and Python refuses thousands of digits
+    length = parse_length(value)
+    if length is None:
         raise ProtocolError(400, "Inference-Header-Content-Length is not a size in bytes")
-    return int(value)
+    return length

@@ -8,7 +8,8 @@ from device_agent import __version__
 from device_agent.metrics import Metrics
 from device_agent.metrics_page import render
 from device_agent.models import LoadedModel, Models
-from device_agent.server.connection import Connection, Request
+from device_agent.server.connection import Connection
+from device_agent.server.request import Request
 
 _TEXT = b"text/plain; charset=utf-8"
 _HTML = b"text/html; charset=utf-8"

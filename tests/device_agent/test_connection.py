@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from agent_testing import StandInTransport
 from device_agent.config import Limits
-from device_agent.server.connection import Connection, Request
+from device_agent.server.connection import Connection
 from device_agent.server.http import HttpServer
+from device_agent.server.request import Request
 
 LIMITS = Limits(max_body_bytes=100_000)
 

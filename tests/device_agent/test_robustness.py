@@ -23,11 +23,12 @@ from agent_testing import (
 )
 from device_agent.config import Limits
 from device_agent.manifest import TensorSpec
-from device_agent.server.connection import Connection, Request
+from device_agent.server.connection import Connection
 from device_agent.server.fields import ProtocolError
 from device_agent.server.http import HttpServer
 from device_agent.server.interface import ModelInterface
 from device_agent.server.protocol import ModelProtocol
+from device_agent.server.request import Request
 
 INFER = "/v2/models/model/infer"
 SETTINGS = "[limits]\nmax_body_bytes = 4194304\nheader_timeout_s = 60\ndrain_timeout_s = 60\n"
@@ -298,6 +299,25 @@ def test_requests_sent_ahead_are_answered_before_the_end(
         assert [status for status, _, _ in answers] == [200] * count
         assert stream.read() == b""
     assert agent.process.wait(timeout=30) == 0
+
+
+# Loading
+
+
+def test_a_load_is_answered_whatever_is_left_of_the_model(
+    start_agent: Callable[..., AgentProcess], tmp_path: Path
+) -> None:
+    """A model whose files vanished after it was unloaded does not load; the client is told, the log has why."""
+    agent = start_agent(linear_bundle(tmp_path / "b"))
+    base = "/v2/repository/models/model"
+    assert exchange(agent, post(b"{}", path=f"{base}/unload"))[0] == 200
+    for path in tmp_path.glob("agent0/state/**/golden_inputs.npz"):
+        path.unlink()
+    status, _, answer = exchange(agent, post(b"{}", path=f"{base}/load"))
+    assert status in (400, 500)
+    assert json.loads(answer)["error"]
+    assert "could not be loaded" in agent.log() or status == 400
+    assert exchange(agent, post(good_body()))[0] == 404
 
 
 # Requests

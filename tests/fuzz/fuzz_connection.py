@@ -18,8 +18,9 @@ from fuzz_choices import Choices
 
 from device_agent.config import Limits
 from device_agent.server import connection as connection_module
-from device_agent.server.connection import Connection, Request
+from device_agent.server.connection import Connection
 from device_agent.server.http import HttpServer
+from device_agent.server.request import Request
 
 LIMITS = Limits(max_body_bytes=20_000, header_timeout_s=10.0, idle_timeout_s=75.0)
 STATUSES = {200, 400, 408, 413, 431, 501}
