@@ -73,6 +73,8 @@ class JobQueue:
 
     def leader(self) -> int:
         """Position of the job that must be in the next batch."""
+        if len(self._passed_over) < 2:
+            return 0
         starved = [level for level in self._waiting_levels() if self.turns_until_led(level) == 0]
         if not starved:
             return 0
@@ -93,8 +95,7 @@ class JobQueue:
             self._passed_over[job.level] = 0
 
     def _waiting_levels(self) -> Iterator[int]:
-        if len(self._passed_over) > 1:
-            yield from (level for level in self._passed_over if self._by_level[level])
+        return (level for level in self._passed_over if self._by_level[level])
 
 
 def is_timed(job: Job) -> bool:

@@ -35,10 +35,10 @@ _HANDOVER_S = 100e-6
 _INLINE_HANDOVER_S = 20e-6
 _PLANNED_FRACTION = 0.9  # of the objective; reading, answering and the way to the client take the rest
 _MIN_GAIN_S = 200e-6  # a loop's timers are not much finer, and clients need as long to come back
-_REFRESH_RUNS = 8
+_REFRESH_RUNS = 16
 _WORTH_FRACTION = 0.05
 _WORTH_FRACTION_WITH_LEVELS = 0.25  # the highest level waits for the whole of a run that goes on
-_LONE = Decision(take=(0,))
+_FIRST = Decision(take=(0,))
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,16 @@ class Scheduler:
         return Step(self.queue.take(decision.take), late)
 
     def _decide(self, now_s: float) -> Decision:
-        learned = self._learned(now_s)
-        if len(self.queue.jobs) == 1 and learned.company is NOBODY and not self._policy.max_queue_delay_s:
-            return _LONE
-        return decide(self.queue.jobs, now_s, False, learned, self._policy, self.queue.leader())
+        leader = self.queue.leader()
+        if self._goes_alone():
+            return _FIRST if leader == 0 else Decision(take=(leader,))
+        return decide(self.queue.jobs, now_s, False, self._learned(now_s), self._policy, leader)
+
+    def _goes_alone(self) -> bool:
+        """Whether there is nothing to choose: the usual case, which should cost nothing."""
+        if self._policy.max_queue_delay_s or self._policy.preferred_sizes:
+            return False
+        return self._steady_size == 1 or (len(self.queue) == 1 and not self._horizon_s)
 
     def started(self, batch: Sequence[Job], now_s: float) -> None:
         """A batch of :meth:`next` starts now."""
