@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from serving.bench import Bench, Result
+from serving.scenarios.cores import cores
 from serving.scenarios.ending import sigterm
 from serving.scenarios.footprint import footprint
+from serving.scenarios.isolation import isolation, reloads
 from serving.scenarios.latency import alone, latency, shared_memory
 from serving.scenarios.open_loop import open_loop
 from serving.scenarios.priorities import priorities
@@ -24,10 +26,12 @@ SCENARIOS: dict[str, Callable[[Bench], Result]] = {
     "sigterm": sigterm,
     "footprint": footprint,
     "swaps": swaps,
+    "isolation": isolation,
+    "reloads": reloads,
+    "cores": cores,
 }
 
 #: Promised and not measured here, with the reason.
 NOT_MEASURED = {
-    "1,000 load/unload cycles of a process-isolated model": "the agent runs engines in its own process",
     "soak and fuzzing": "tests, not benchmarks",
 }
