@@ -73,6 +73,7 @@ def test_a_model_is_batched_as_triton_users_write_it() -> None:
 @pytest.mark.parametrize(
     ("text", "why", "fix"),
     [
+        ("[http]\nunix_mode = 0o1000", "'http.unix_mode' is 512", "0o660"),
         ("[models.a]\nweight = 0", "'models.a.weight' is 0", "above zero"),
         ("[models.a]\nslo_ms = -1", "'models.a.slo_ms' is -1", "zero or more"),
         ("[batching]\npreferred_batch_size = 4", "'batching.preferred_batch_size' is 4", "a list"),
