@@ -88,7 +88,7 @@ class ModelMetrics:
         queue_seconds, compute_seconds, total_seconds: of answered requests.
         batch_rows: size of each executed batch.
         queue_depth: requests waiting now.
-        refused: requests turned away because the queue was full.
+        refused: requests turned away when they came: the queue was full, or they would have been late.
         failed: requests that the engine could not run.
         deadline_missed: requests whose own timeout passed while they waited.
         cancelled: requests whose client went away.
