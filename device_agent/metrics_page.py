@@ -18,7 +18,7 @@ _HISTOGRAMS = (
     ("batch_rows", "Rows of each executed batch"),
 )
 _COUNTERS = (
-    ("refused", "Requests turned away because the queue was full"),
+    ("refused", "Requests turned away when they came: queue full, or too late"),
     ("failed", "Requests that the engine could not run"),
     ("deadline_missed", "Requests whose timeout passed while they waited"),
     ("cancelled", "Requests whose client went away"),
