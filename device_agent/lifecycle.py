@@ -21,7 +21,7 @@ import asyncio
 import logging
 import threading
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -31,6 +31,7 @@ from device_agent.errors import AgentError, BadInput, Refused
 from device_agent.journal import Operation, abandon_interrupted
 from device_agent.manifest import Manifest
 from device_agent.model_state import ModelState
+from device_agent.outcome import Installed, outcome_of
 from device_agent.signature import Signer, Trust
 from device_agent.store import Store, Version
 from device_agent.swap import Swap, stopped_first
@@ -41,29 +42,6 @@ if TYPE_CHECKING:
 
 OnState = Callable[[str], None]
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Installed:
-    """What an operation ended with.
-
-    Attributes:
-        name: the model.
-        digest: the version that the operation was about.
-        version: the manifest's version number.
-        state: ``committed``, or ``staged`` where nothing was to be activated.
-        previous: digest of the version that was active before; None if there was none.
-        signer: name of the key that signed it; empty if it is unsigned.
-        pause: why and for about how long nothing served meanwhile; empty: the old version did.
-    """
-
-    name: str
-    digest: str
-    version: int
-    state: str
-    previous: Optional[str]
-    signer: str
-    pause: str
 
 
 class Lifecycle:
@@ -123,7 +101,7 @@ class Lifecycle:
                 planned = NOTHING_TO_STOP
                 if activate:
                     planned = self._bring_up(operation, head.manifest, before.activated(head.digest))
-                return _installed(operation, head.manifest, before, signer, planned)
+                return outcome_of(operation, head.manifest, before, signer, planned)
 
     def activate(self, digest: str, on_state: Optional[OnState] = None) -> Installed:
         """Serve an installed version; ``digest`` may be shortened to six characters.
@@ -202,7 +180,7 @@ class Lifecycle:
             operation.enter("staged")
             before = self._store.state(operation.name)
             planned = self._bring_up(operation, parsed, target)
-            return _installed(operation, parsed, before, signer, planned)
+            return outcome_of(operation, parsed, before, signer, planned)
 
     def _bring_up(self, operation: Operation, manifest: Manifest, target: ModelState) -> SwapPlan:
         """Take a staged version to ``committed``; on any error everything is as it was.
@@ -308,17 +286,3 @@ def _warn_unsigned(manifest: Manifest, signer: Signer) -> Signer:
             "%s version %d is not signed; allow_unsigned lets it in", manifest.name, manifest.version
         )
     return signer
-
-
-def _installed(
-    operation: Operation, manifest: Manifest, before: ModelState, signer: Signer, planned: SwapPlan
-) -> Installed:
-    return Installed(
-        operation.name,
-        operation.digest,
-        manifest.version,
-        operation.state,
-        before.active,
-        signer.name,
-        "" if planned.pause_s is None else str(planned),
-    )
