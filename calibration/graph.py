@@ -168,11 +168,17 @@ def rename_reads(nodes: Iterable[NodeProto], old: str, new: str) -> None:
                     value.name = new
 
 
+def read_names(graph: GraphProto) -> set[str]:
+    """What the nodes of a graph read, their bodies too, and what it puts out."""
+    names = {value.name for value in graph.output}
+    for node in graph.node:
+        names.update((*node.input, *outer_reads(node)))
+    return names
+
+
 def drop_unused_constants(graph: GraphProto) -> None:
     """Remove the initializers that nothing reads."""
-    used = {value.name for value in graph.output}
-    for node in graph.node:
-        used.update((*node.input, *outer_reads(node)))
+    used = read_names(graph)
     for i in reversed(range(len(graph.initializer))):  # the others are not moved: they may be gigabytes
         if graph.initializer[i].name not in used:
             del graph.initializer[i]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import onnxruntime as ort
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from calibration.errors import CalibrationError
-from calibration.graph import Array, array
+from calibration.graph import Array, array, read_names
 from calibration.storage import Detached, detach
 
 _ERRORS_ONLY = 4
@@ -30,8 +30,9 @@ def open_session(model: ModelProto | Detached, threads: int = 0) -> ort.Inferenc
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads
     detached = model if isinstance(model, Detached) else detach(model)
-    weights = [ort.OrtValue.ortvalue_from_numpy(array(tensor)) for tensor in detached.weights.values()]
-    options.add_external_initializers(list(detached.weights), weights)
+    weights = _needed(detached)
+    values = [ort.OrtValue.ortvalue_from_numpy(array(tensor)) for tensor in weights.values()]
+    options.add_external_initializers(list(weights), values)
     if detached.is_large:  # packing keeps each weight a second time
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:
@@ -44,6 +45,13 @@ def open_session(model: ModelProto | Detached, threads: int = 0) -> ort.Inferenc
             str(error).strip().splitlines()[0],
             "check the file with onnx.checker, or export it again",
         ) from error
+
+
+def _needed(detached: Detached) -> dict[str, TensorProto]:
+    """The weights that ONNX Runtime keeps: it drops those that nobody reads, and refuses a value for them."""
+    graph = detached.model.graph
+    kept = read_names(graph) | {value.name for value in graph.input}
+    return {name: tensor for name, tensor in detached.weights.items() if name in kept}
 
 
 def run_node(model: ModelProto, node: NodeProto, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -94,6 +94,23 @@ def test_sessions_fuse_weights_that_are_handed_over(
     np.testing.assert_array_equal(beside, run(int8, {"image": images})[0])
 
 
+@pytest.mark.parametrize("is_input", [False, True])
+def test_a_weight_that_nothing_reads_does_no_harm(is_input: bool) -> None:
+    """A model with a left-over weight runs, and becomes INT8, as the model without it does."""
+    weight = np.random.default_rng(0).normal(0, 0.2, (32, 32)).astype(np.float32)
+    inputs = {"x": (TensorProto.FLOAT, ["n", 32])}
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="one")
+    model = build([node], inputs, {"y": ["n", 32]}, {"w": weight, "left_over": np.ones(1000, np.float32)})
+    if is_input:  # as before IR version 4, where every initializer is an input too
+        model.graph.input.append(helper.make_tensor_value_info("left_over", TensorProto.FLOAT, [1000]))
+    feed = {"x": np.ones((4, 32), np.float32)}
+    np.testing.assert_allclose(
+        open_session(model, threads=1).run(None, feed)[0], feed["x"] @ weight, rtol=1e-5, atol=1e-6
+    )
+    int8 = quantize(model, calibrate(model, [feed])).model
+    assert any(t.data_type == TensorProto.INT8 for t in int8.graph.initializer)
+
+
 def test_a_weight_that_two_operators_share_is_stored_once() -> None:
     """A shared initializer is one initializer in int8 too, and the float original is gone."""
     rng = np.random.default_rng(0)
