@@ -11,8 +11,9 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import time
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, List, Mapping, Tuple, Type
+from typing import Any, Dict, FrozenSet, List, Mapping, Set, Tuple, Type
 
 import numpy as np
 import onnxruntime
@@ -70,14 +71,23 @@ def open_graph(path: Path, settings: EngineSettings) -> Engine:
                 str(path), sess_options=_options(settings), providers=["CPUExecutionProvider"]
             )
             policy = "" if settings.placement.numa_node is None else policy_of_thread()
-        ours = {thread.native_id for thread in threading.enumerate()}
-        return OnnxRuntimeEngine(session, frozenset(threads_of(os.getpid()) - before - ours), policy)
+        started = threads_of(os.getpid()) - before
+        return OnnxRuntimeEngine(session, frozenset(started - _threads_of_python()), policy)
     except _ERRORS as error:
         raise Refused(
             f"ONNX Runtime {onnxruntime.__version__} does not load {path.name}",
             _first_line(error),
             "make the bundle again for this device's profile",
         ) from error
+
+
+def _threads_of_python() -> Set[int]:
+    """The ids of Python's own threads, those included that are being started meanwhile."""
+    while True:
+        numbers = {thread.native_id for thread in threading.enumerate()}
+        if None not in numbers:
+            return {number for number in numbers if number is not None}
+        time.sleep(0.001)  # a thread learns its number when it first runs
 
 
 def _options(settings: EngineSettings) -> Any:
