@@ -172,11 +172,11 @@ def test_numbers_one_by_one_are_the_same_as_packed() -> None:
 parameters = st.dictionaries(
     st.text(max_size=5),
     st.one_of(
-        st.booleans().map(lambda v: {"bool_param": v}),
-        int64.map(lambda v: {"int64_param": v}),
-        uint64.map(lambda v: {"uint64_param": v}),
-        st.text(max_size=5).map(lambda v: {"string_param": v}),
-        st.floats(allow_nan=False).map(lambda v: {"double_param": v}),
+        st.fixed_dictionaries({"bool_param": st.booleans()}),
+        st.fixed_dictionaries({"int64_param": int64}),
+        st.fixed_dictionaries({"uint64_param": uint64}),
+        st.fixed_dictionaries({"string_param": st.text(max_size=5)}),
+        st.fixed_dictionaries({"double_param": st.floats(allow_nan=False)}),
     ),
     max_size=3,
 )

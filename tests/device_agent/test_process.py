@@ -158,11 +158,13 @@ def test_a_crash_fails_the_run_and_the_process_serves_again(
     engine.keep_up(lambda candidate: checked.append(candidate.run({"x": X})["scores"]))
     process = engine.process
     os.kill(process, signal.SIGSTOP)  # so that the run is under way when it ends
-    crash = threading.Timer(0.2, os.kill, (process, number))
-    crash.start()
-    if number != signal.SIGKILL:
-        resume = threading.Timer(0.3, os.kill, (process, signal.SIGCONT))
-        resume.start()
+
+    def crash() -> None:
+        os.kill(process, number)
+        if number != signal.SIGKILL:  # which ends a stopped process; the others wait until it goes on
+            os.kill(process, signal.SIGCONT)
+
+    threading.Timer(0.2, crash).start()
     with pytest.raises(EngineUnavailable, match=number.name):
         engine.run({"x": X})
     _until(lambda: engine.restarts == 1)
