@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
@@ -203,13 +204,18 @@ def test_the_socket_belongs_to_its_owner(agent: RunningControl) -> None:
     assert stat.S_IMODE(agent.path.parent.stat().st_mode) == 0o700
 
 
-def _start(path: Path, lifecycle: Any) -> None:
-    async def start_and_stop() -> None:
+def _start(path: Path, lifecycle: Any) -> Any:
+    """Serve, ask once for the list, and stop; return the answer."""
+
+    async def start_and_stop() -> Any:
         server = await control.start(path, lifecycle)
+        ask = partial(control.request, path, {"op": "list"}, lambda state: None)
+        answer = await asyncio.get_running_loop().run_in_executor(None, ask)
         server.close()
         await server.wait_closed()
+        return answer
 
-    asyncio.run(start_and_stop())
+    return asyncio.run(start_and_stop())
 
 
 @pytest.fixture
@@ -224,7 +230,7 @@ def test_a_stale_socket_is_replaced(tmp_path: Path, lifecycle: Any) -> None:
     stale = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     stale.bind(str(tmp_path / "control.sock"))
     stale.close()
-    _start(tmp_path / "control.sock", lifecycle)
+    assert _start(tmp_path / "control.sock", lifecycle) == []
 
 
 def test_a_living_agent_keeps_its_socket(agent: RunningControl, lifecycle: Any) -> None:
