@@ -16,7 +16,7 @@ mistake never silently leaves a default in place.
     unix_mode = 0o660
 
     [grpc]
-    enabled = false                   # needs the package grpcio
+    enabled = true                    # needs grpcio; left out: only where a model repository is served
     host = "127.0.0.1"
     port = 8001
 
@@ -87,10 +87,11 @@ class GrpcAddress(Address):
     """Where inference is served over gRPC.
 
     Attributes:
-        enabled: whether it is at all. It needs the package ``grpcio``, and 10 to 15 MB of memory.
+        enabled: whether it is at all. It needs the package ``grpcio``, and 10 to 15 MB of memory. None: where
+            a model repository is served, whose clients expect it, and if the package and the port allow it.
     """
 
-    enabled: bool = False
+    enabled: Optional[bool] = None
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ class ModelMetrics:
         deadline_missed: requests whose own timeout passed while they waited.
         cancelled: requests whose client went away.
         rows: rows of answered requests.
+        engine_restarts: times that an isolated engine was started again.
         last_inference_s: when the last batch finished, on the monotonic clock; 0: never.
     """
 
@@ -109,6 +110,7 @@ class ModelMetrics:
         self.deadline_missed = 0
         self.cancelled = 0
         self.rows = 0
+        self.engine_restarts = 0
         self.failed_seconds = 0.0
         self.last_inference_s = 0.0
         self.by_batch: Dict[int, List[float]] = {}
@@ -126,6 +128,10 @@ class ModelMetrics:
             queue_s=self.queue_seconds.total,
             compute_s=self.compute_seconds.total,
         )
+
+    def count_engine_restart(self) -> None:
+        """An isolated engine's process was started again."""
+        self.engine_restarts += 1
 
     def record_batch(self, batch: Sequence[Job]) -> None:
         """Count jobs that came back from the engine together."""

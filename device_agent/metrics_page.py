@@ -23,6 +23,7 @@ _COUNTERS = (
     ("deadline_missed", "Requests whose timeout passed while they waited"),
     ("cancelled", "Requests whose client went away"),
     ("rows", "Rows of answered requests"),
+    ("engine_restarts", "Times that an isolated engine was started again"),
 )
 
 

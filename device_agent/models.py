@@ -23,7 +23,7 @@ from device_agent.batching.cores import Shares, on_one_core
 from device_agent.batching.settings import Batching
 from device_agent.config import Config
 from device_agent.engine_report import report
-from device_agent.engines import candidates, keep_up, open_as_set
+from device_agent.engines import candidates, keep_up, on_restart, open_as_set
 from device_agent.engines.base import Engine, EngineError, EngineSettings
 from device_agent.engines.source import EngineSource
 from device_agent.errors import Refused
@@ -278,6 +278,7 @@ class Models:
             placement=ANYWHERE if placed.isolate else placed.placement,
         )
         metrics = self._metrics.of_model(manifest.name, digest)
+        on_restart(engine, metrics.count_engine_restart)
         return Batcher(engine, settings, metrics, self._shares.of(placed))
 
 

@@ -9,7 +9,7 @@ import signal
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, Optional, Protocol
+from typing import TYPE_CHECKING, Any, List, Optional, Protocol, Tuple
 
 from device_agent.config import Address, Config
 from device_agent.errors import Missing
@@ -88,8 +88,7 @@ async def _serve(config: Config, store: Store, settings: Optional[RepositorySett
     metrics_address = await _listen(status, config.metrics)
     if config.http.unix:
         await http.start_unix(Path(config.http.unix), config.http.unix_mode)
-    grpc = _open_grpc(service, config, metrics) if config.grpc.enabled else None
-    grpc_address = await _listen(grpc, config.grpc) if grpc is not None else ""
+    grpc, grpc_address = await _start_grpc(service, config, metrics, by_default=repository is not None)
     await loop.run_in_executor(None, lifecycle.restore)
     if repository is not None:
         await repository.start()
@@ -135,6 +134,35 @@ async def _retire_all(models: Models) -> None:
     retiring: List[Any] = [models.retire(loaded) for loaded in models.serving()]
     with suppress(asyncio.TimeoutError):
         await asyncio.wait_for(asyncio.gather(*retiring), timeout=1.0)
+
+
+async def _start_grpc(
+    service: InferenceService, config: Config, metrics: Metrics, *, by_default: bool
+) -> Tuple[Optional[GrpcServer], str]:
+    """Listen for gRPC where that is wanted.
+
+    Where nobody asked for it, what is in its way keeps nobody from HTTP.
+
+    Args:
+        service: what answers.
+        config: the settings.
+        metrics: counts the failures.
+        by_default: whether it is wanted where the settings do not say.
+
+    Returns:
+        The listener and its address; None and an empty string where there is none.
+    """
+    wanted = config.grpc.enabled
+    if wanted is False or (wanted is None and not by_default):
+        return None, ""
+    try:
+        grpc = _open_grpc(service, config, metrics)
+        return grpc, await _listen(grpc, config.grpc)
+    except Missing as error:
+        if wanted:
+            raise
+        _log.warning("there is no gRPC: %s: %s; %s", error.what, error.why, error.fix)
+        return None, ""
 
 
 def _open_grpc(service: InferenceService, config: Config, metrics: Metrics) -> GrpcServer:

@@ -15,6 +15,7 @@ _KINDS: Dict[str, Tuple[Tuple[Type[Any], ...], str]] = {
     "Path": ((str,), "a string"),
     "str": ((str,), "a string"),
     "bool": ((bool,), "true or false"),
+    "Optional[bool]": ((bool,), "true or false"),
     "int": ((int,), "a whole number"),
     "Optional[int]": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
@@ -84,7 +85,7 @@ def _key(key_type: Type[Any], key: str, source: str, name: str) -> Any:
 
 def _scalar(kind: str, name: str, value: Any, source: str) -> Any:
     accepted, text = _KINDS[kind]
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
         raise wrong_type(name, text, value, source)
     if kind == "Path":
         return Path(value)

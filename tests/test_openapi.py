@@ -105,7 +105,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     config = root / "agent.toml"
     config.write_text(
         f'state_dir = "{root / "state"}"\nkeys_dir = "{root / "keys"}"\nthreads = 1\n'
-        f'control_socket = "{root / "c.sock"}"\n[http]\nport = 0\n[metrics]\nport = 0\n'
+        f'control_socket = "{root / "c.sock"}"\n[http]\nport = 0\n[grpc]\nenabled = false\n'
+        "[metrics]\nport = 0\n"
     )
     log = root / "agent.log"
     command = [sys.executable, "-m", "device_agent.cli", "serve", "--config", str(config)]

@@ -12,12 +12,15 @@ import logging
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Dict, Iterator, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Tuple
 
 from device_agent.engines.base import Engine, EngineSettings
 from device_agent.engines.source import EngineSource, with_steps
 from device_agent.errors import AgentError, Missing, Refused
 from device_agent.manifest import Manifest, TensorSpec
+
+if TYPE_CHECKING:
+    from device_agent.engines.process import ProcessEngine
 
 RUNTIMES: Dict[str, str] = {
     "onnxruntime": "device_agent.engines.onnxruntime",
@@ -104,12 +107,24 @@ def keep_up(engine: Engine, accept: Callable[[Engine], Any]) -> None:
         engine: what serves.
         accept: checks a new process before it serves; raises AgentError or EngineError where it may not.
     """
+    isolated = _isolated(engine)
+    if isolated is not None:
+        isolated.keep_up(accept)
+
+
+def on_restart(engine: Engine, callback: Callable[[], None]) -> None:
+    """Have ``callback`` called, on another thread, whenever an isolated engine was started again."""
+    isolated = _isolated(engine)
+    if isolated is not None:
+        isolated.on_restart = callback
+
+
+def _isolated(engine: Engine) -> Optional[ProcessEngine]:
     if engine.process == os.getpid():
-        return
+        return None
     from device_agent.engines.process import ProcessEngine
 
-    if isinstance(engine, ProcessEngine):
-        engine.keep_up(accept)
+    return engine if isinstance(engine, ProcessEngine) else None
 
 
 def open_here(source: EngineSource, settings: EngineSettings) -> Engine:

@@ -31,6 +31,7 @@ class ProcessEngine:
 
     Attributes:
         restarts: how often the process was started again.
+        on_restart: called then, on the supervisor's thread.
         last_failure: why it ended the last time; empty: it never did.
         memory_policy: as :attr:`EngineProcess.memory_policy`.
     """
@@ -42,6 +43,7 @@ class ProcessEngine:
             Missing, Refused: as ``EngineProcess``.
         """
         self.restarts = 0
+        self.on_restart: Callable[[], None] = _ignore
         self.last_failure = ""
         self._source = source
         self._settings = settings
@@ -133,6 +135,7 @@ class ProcessEngine:
                     _log.error("the engine process of %s does not start: %s", self._source.path, error)
             else:
                 self.restarts += 1
+                self.on_restart()
                 _log.warning("the engine process of %s serves again", self._source.path)
                 return process, pause_s
 
@@ -156,3 +159,7 @@ class ProcessEngine:
                 self._starting = None
         self._serving = process
         return process
+
+
+def _ignore() -> None:
+    """Nobody counts."""

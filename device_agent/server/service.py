@@ -149,12 +149,12 @@ class InferenceService:
         return {"name": "edgekit-agent", "version": __version__, "extensions": EXTENSIONS}
 
     def model_ready(self, name: str, version: Optional[str] = None) -> bool:
-        """Whether a model serves."""
+        """Whether a model serves; one whose isolated engine is being started again does not meanwhile."""
         try:
-            self.find(name, version)
+            model = self.find(name, version)
         except ProtocolError:
             return False
-        return True
+        return model.loaded.engine.process != 0
 
     def model_metadata(self, name: str, version: Optional[str] = None) -> Dict[str, Any]:
         """See :func:`device_agent.server.documents.model_metadata`; ProtocolError 404."""

@@ -209,6 +209,7 @@ class AgentProcess:
             f'control_socket = "{self.control}"\nallow_unsigned = true\nthreads = 1\n'
             + settings
             + ("" if "[http]" in settings else "\n[http]\nport = 0")
+            + ("" if "[grpc]" in settings else "\n[grpc]\nenabled = false")
             + "\n[metrics]\nport = 0\n"
         )
         (root / "keys").mkdir(exist_ok=True)

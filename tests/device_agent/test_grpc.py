@@ -39,6 +39,7 @@ from device_agent.engines.onnxruntime import CARRIES_BFLOAT16
 from device_agent.manifest import TensorSpec
 
 GRPC = "[grpc]\nenabled = true\nport = 0\n"
+GRPC_LEFT_OPEN = "[grpc]\nport = 0\n"
 MAX_BODY_BYTES = 4 * 1024 * 1024
 DTYPES = ("BOOL", "UINT8", "INT8", "INT16", "INT32", "INT64", "UINT64", "FP16", "FP32", "FP64")
 
@@ -565,7 +566,51 @@ def test_without_grpcio_the_agent_says_what_to_install(
 
 
 def test_grpc_is_loaded_only_where_it_is_switched_on(start_agent: Callable[..., AgentProcess]) -> None:
-    """By default neither its port nor its library costs anything."""
-    agent = start_agent()
+    """Without a model repository neither its port nor its library costs anything by default."""
+    agent = start_agent(settings=GRPC_LEFT_OPEN)
     assert " grpc=" not in agent.log()
     assert "cygrpc" not in Path(f"/proc/{agent.process.pid}/maps").read_text()
+
+
+def _empty_repository(tmp_path: Path) -> List[str]:
+    (tmp_path / "models").mkdir()
+    return ["--model-repository", str(tmp_path / "models")]
+
+
+def test_a_repository_is_served_over_grpc_unless_that_is_switched_off(
+    start_agent: Callable[..., AgentProcess], tmp_path: Path
+) -> None:
+    """Who leaves Triton finds gRPC open with the same one command; ``enabled = false`` closes it."""
+    arguments = _empty_repository(tmp_path)
+    agent = start_agent(settings=GRPC_LEFT_OPEN, arguments=arguments)
+    with tritonclient.grpc.InferenceServerClient(grpc_address(agent)) as client:
+        assert client.is_server_ready()
+    off = start_agent(settings="[grpc]\nenabled = false\n", arguments=arguments)
+    assert " grpc=" not in off.log()
+
+
+def test_a_taken_port_is_no_hindrance_where_nobody_asked_for_grpc(
+    start_agent: Callable[..., AgentProcess], tmp_path: Path
+) -> None:
+    """A second agent with a repository serves over HTTP, and its log says why there is no gRPC."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = f"[grpc]\nport = {taken.getsockname()[1]}\n"
+        agent = start_agent(settings=settings, arguments=_empty_repository(tmp_path))
+        with tritonclient.http.InferenceServerClient(agent.http) as client:
+            assert client.is_server_ready()
+        assert agent.stop() == 0
+    assert "cannot be listened on" in agent.log()
+    assert " grpc=" not in agent.log()
+    assert "Traceback" not in agent.log()
+
+
+def test_without_grpcio_a_repository_is_served_over_http(
+    start_agent: Callable[..., AgentProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where gRPC is not installed and not asked for, the log names the package and HTTP serves."""
+    (tmp_path / "grpc.py").write_text("raise ImportError('no grpc here')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
+    agent = start_agent(settings=GRPC_LEFT_OPEN, arguments=_empty_repository(tmp_path))
+    with tritonclient.http.InferenceServerClient(agent.http) as client:
+        assert client.is_server_ready()
+    assert "edgekit-agent[grpc]" in agent.log()

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -299,6 +300,42 @@ def test_an_isolated_model_survives_its_crash_over_http(
     (successor,) = _children(agent.process.pid)
     assert agent.stop() == 0
     _until(lambda: not _is_alive(successor))
+
+
+def test_an_isolated_model_is_not_ready_while_its_process_is_gone(
+    tmp_path: Path, start_agent: Callable[..., AgentProcess]
+) -> None:
+    """Both protocols say so until a new process has passed its check; Prometheus counts the restart."""
+    import tritonclient.grpc
+    import tritonclient.http
+
+    settings = "\n[models.model]\nisolate = true\n[grpc]\nenabled = true\nport = 0\n"
+    bundle = linear_bundle(tmp_path / "b")
+    agent = start_agent(bundle, settings=settings)
+    grpc_address = agent.wait_for(r" grpc=(\S+)").group(1)
+    http = tritonclient.http.InferenceServerClient(agent.http)
+    grpc = tritonclient.grpc.InferenceServerClient(grpc_address)
+    counter = f'edgekit_inference_engine_restarts_total{{digest="{bundle.digest}",model="model"}} '
+    with http, grpc:
+        assert http.is_model_ready("model")
+        assert grpc.is_model_ready("model")
+        assert counter + "0.0" in _metrics_page(agent)
+        held = tmp_path / "held"
+        # A new process cannot be checked while the golden inputs are away, so the old one stays alone.
+        golden = next((tmp_path / "agent0" / "state").rglob(bundle.manifest.golden.inputs))
+        golden.rename(held)
+        os.kill(next(iter(_children(agent.process.pid))), signal.SIGKILL)
+        _until(lambda: not http.is_model_ready("model"))
+        assert not grpc.is_model_ready("model")
+        held.rename(golden)
+        _until(lambda: http.is_model_ready("model"))
+        assert grpc.is_model_ready("model")
+        _until(lambda: counter + "1.0" in _metrics_page(agent))
+
+
+def _metrics_page(agent: AgentProcess) -> str:
+    with urllib.request.urlopen(f"http://{agent.metrics}/metrics", timeout=10) as response:
+        return str(response.read().decode())
 
 
 def test_no_process_outlives_an_agent_that_is_killed(

@@ -136,7 +136,8 @@ def agent_on(repository: Path, root: Path) -> Iterator[str]:
     settings = root / "agent.toml"
     settings.write_text(
         f'state_dir = "{root / "state"}"\nkeys_dir = "{root / "keys"}"\n'
-        f'control_socket = "{root / "c.sock"}"\nthreads = 1\n[http]\nport = 0\n[metrics]\nport = 0\n'
+        f'control_socket = "{root / "c.sock"}"\nthreads = 1\n'
+        "[http]\nport = 0\n[grpc]\nenabled = false\n[metrics]\nport = 0\n"
     )
     log = root / "agent.log"
     command = [sys.executable, "-m", "device_agent.cli", "serve", "--config", str(settings)]
