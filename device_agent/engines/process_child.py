@@ -106,7 +106,7 @@ class EngineProcess:
         """
         with self._running:
             if self._closed:
-                raise EngineUnavailable("the engine process was ended")
+                raise EngineUnavailable(f"the engine process ended: {self._how_it_ended()}")
             kind, body = self._exchange(write_tensors(self._request, self.inputs, inputs))
             if kind == messages.DONE:
                 # The next run overwrites them, and may come before these are on their way.
@@ -141,7 +141,8 @@ class EngineProcess:
 
     def kill(self) -> None:
         """End the process now."""
-        self._popen.kill()
+        with suppress(ProcessLookupError):  # another thread has just waited for it; Python 3.8 does not look
+            self._popen.kill()
 
     def close(self) -> None:
         """Let the process end by itself, or end it, and free what is shared with it. No run may follow."""

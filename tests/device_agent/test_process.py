@@ -175,6 +175,25 @@ def test_a_crash_fails_the_run_and_the_process_serves_again(
     assert number.name in engine.last_failure
 
 
+def test_ending_a_process_that_another_thread_has_waited_for_is_no_error(
+    open_engine: Callable[..., ProcessEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the end of a process and the note of it, a run that fails says how the process ended."""
+    engine = open_engine(linear())
+
+    def gone(process: int, number: int) -> None:
+        raise ProcessLookupError
+
+    serving = engine._serving
+    assert serving is not None
+    os.kill(serving.process, signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", gone)
+        serving.kill()
+    serving.kill()
+    assert "SIGKILL" in serving.wait()
+
+
 def test_a_hang_ends_after_its_timeout(open_engine: Callable[..., ProcessEngine]) -> None:
     """A run that takes longer than run_timeout_s is given up, its process is ended, and a new one serves."""
     engine = open_engine(linear(), run_timeout_s=0.5)

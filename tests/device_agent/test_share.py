@@ -55,6 +55,7 @@ class Models:
                     self._start(waking)
 
 
+# None is a quarter as long as another, which would make it light.
 models_strategy = st.lists(st.tuples(st.floats(0.25, 4.0), st.floats(3e-3, 8e-3)), min_size=2, max_size=5)
 
 
@@ -86,6 +87,15 @@ def test_a_light_model_does_not_wait_for_a_heavy_run() -> None:
     assert simulation.most_at_once == 2
     assert simulation.used_s[1] >= 4.5
     assert starts_s[1] < 0.01
+
+
+def test_a_light_run_takes_at_most_a_quarter_of_the_other() -> None:
+    """A run of exactly a quarter of the one under way may start beside it; a longer one waits its turn."""
+    for length_s, starts in ((2e-3, True), (2.1e-3, False)):
+        share = EngineShare()
+        heavy, light = (Tenant(1.0, lambda: None) for _ in range(2))
+        assert share.acquire(heavy, 8e-3)
+        assert share.acquire(light, length_s) is starts
 
 
 def test_two_places_let_two_models_run() -> None:
