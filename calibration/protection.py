@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from onnx import ModelProto
 
+from calibration.choice import Options
 from calibration.graph import Array
 from calibration.methods.layers import restored
 from calibration.prepare import prepare
@@ -14,6 +15,8 @@ from calibration.quantizer import Quantized, quantize
 from calibration.scales import Scales
 from calibration.sensitivity import sensitivity
 from calibration.storage import Source
+
+_DEFAULTS = Options()
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,10 @@ def protect(
     samples: Iterable[Mapping[str, Array]],
     evaluate: Callable[[ModelProto], float],
     at_least: float,
+    options: Options = _DEFAULTS,
     *,
     exact: ModelProto | None = None,
-    exclude: Collection[str] = (),
     max_kept: int = 8,
-    target: str = "onnxruntime",
-    weight_bits: int = 8,
-    threads: int = 0,
 ) -> Protected:
     """Quantize, and keep one more layer in float while the score is too low, the most harmful first.
 
@@ -55,13 +55,10 @@ def protect(
         samples: a handful, for ``sensitivity``; read only where the whole INT8 model is not good enough.
         evaluate: the task's metric of a model, higher is better.
         at_least: the score to reach.
+        options: as for ``choose``; ``exclude`` names layers that are in float anyway (``Choice.spared``).
         exact: where ``model`` has rounded weights or corrected biases (``Choice.model``), the graph without
             them (``Choice.exact``): what is kept in float computes as there.
-        exclude: layers that are in float anyway (``Choice.spared``).
         max_kept: how many layers may stay in float at most; at least one layer stays in int8.
-        target: the runtime, as for ``quantize``.
-        weight_bits: 8 or 7, as for ``quantize``.
-        threads: for ONNX Runtime; 0 leaves the choice to it.
 
     Returns:
         The first graph that reaches the score, else the best that was seen.
@@ -74,15 +71,21 @@ def protect(
 
     def attempt(kept: tuple[str, ...]) -> Protected:
         graph = restored(prepared, original, kept)
-        quantized = quantize(graph, scales, target, exclude=(*exclude, *kept), weight_bits=weight_bits)
+        quantized = quantize(
+            graph,
+            scales,
+            options.target,
+            exclude=(*options.exclude, *kept),
+            weight_bits=options.weight_bits,
+        )
         score = float(evaluate(quantized.model))
         return Protected(quantized, kept, score, met=score >= at_least)
 
     best = attempt(())
     if best.met:
         return best
-    harm = sensitivity(original, scales, samples, target, threads=threads)
-    order = [entry.node for entry in harm if entry.node not in exclude]
+    harm = sensitivity(original, scales, samples, options.target, threads=options.threads)
+    order = [entry.node for entry in harm if entry.node not in options.exclude]
     for count in range(1, min(max_kept, len(order) - 1) + 1):
         found = attempt(tuple(order[:count]))
         if found.met:

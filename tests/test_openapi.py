@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import schemathesis
 import yaml
 from hypothesis import HealthCheck, settings
 from onnx import TensorProto, helper, numpy_helper
+from repository_agent import agent_on
 
 from device_agent.config import Config
 from device_agent.metrics import Metrics
@@ -102,29 +100,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, directory / "model.onnx")
-    config = root / "agent.toml"
-    config.write_text(
-        f'state_dir = "{root / "state"}"\nkeys_dir = "{root / "keys"}"\nthreads = 1\n'
-        f'control_socket = "{root / "c.sock"}"\n[http]\nport = 0\n[grpc]\nenabled = false\n'
-        "[metrics]\nport = 0\n"
-    )
-    log = root / "agent.log"
-    command = [sys.executable, "-m", "device_agent.cli", "serve", "--config", str(config)]
-    command += ["--model-repository", str(root / "models"), "--model-control-mode", "explicit"]
-    with log.open("wb") as stream:
-        agent = subprocess.Popen([*command, "--load-model", "model"], stderr=stream)
-    try:
-        deadline_s = time.monotonic() + 30
-        while not (match := re.search(r"listening http=(\S+)", log.read_text())):
-            assert agent.poll() is None, log.read_text()
-            assert time.monotonic() < deadline_s, log.read_text()
-            time.sleep(0.02)
-        yield f"http://{match.group(1)}"
-        assert agent.poll() is None, log.read_text()
-        assert "Traceback" not in log.read_text()
-    finally:
-        agent.terminate()
-        agent.wait(timeout=30)
+    explicit = ("--model-control-mode", "explicit", "--load-model", "model")
+    with agent_on(root / "models", root, *explicit) as http:
+        yield f"http://{http}"
 
 
 @schema.parametrize()

@@ -52,6 +52,11 @@ class Returns:
         self._trial_until_s = 0.0
         self._returned = Smoothed(memory=32)  # 1 for a client that came back, 0 for one that did not
 
+    @property
+    def anybody_away(self) -> bool:
+        """Whether an answer is out that no request has followed yet; a lone client that asks has nobody."""
+        return bool(self._away)
+
     def answered(self, rows: Iterable[int], now_s: float) -> None:
         """Requests of these sizes are answered now."""
         self._away.extend((now_s, count) for count in rows)

@@ -213,12 +213,12 @@ class Scheduler:
     def inline_below_s(self) -> float:
         """Batches that are shorter run on the event loop.
 
-        Where returns are awaited those are only the shortest: while the loop runs an engine, it does not see
+        While somebody may return those are only the shortest: while the loop runs an engine, it does not see
         when clients come back.
         """
         if self._settings.own_thread:
             return 0.0
-        alone = self._settings.one_core and not self._horizon_s
+        alone = self._settings.one_core and not (self._horizon_s and self._returns.anybody_away)
         return _INLINE_ON_ONE_CORE_BELOW_S if alone else INLINE_BELOW_S
 
     # Learned

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import partial
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, List, Optional, Set
 
 import grpc
 
@@ -23,7 +23,7 @@ from device_agent.server.grpc_protocol import (
 )
 from device_agent.server.grpc_status import CountError, abort, code_of
 from device_agent.server.interface import InferRequest
-from device_agent.server.service import INTERNAL_ERROR, InferenceService, ServedModel
+from device_agent.server.service import INTERNAL_ERROR, InferenceService, Protocols
 
 _STREAM_AHEAD = 64  # requests of one stream that are read before the oldest is answered
 
@@ -44,7 +44,7 @@ class GrpcInference:
     def __init__(self, service: InferenceService, count_error: CountError) -> None:
         self.count_error = count_error
         self._service = service
-        self._protocols: Dict[Tuple[str, str], GrpcProtocol] = {}
+        self._protocols = Protocols(lambda interface: GrpcProtocol(interface, service.regions.view))
         self._streams: Set[_Stream] = set()
         self._refuses = False
 
@@ -95,7 +95,7 @@ class GrpcInference:
             ProtocolError: the request is wrong or cannot be taken.
         """
         model = self._service.find(envelope.model, envelope.version)
-        protocol = self._protocol_of(model)
+        protocol = self._protocols.of(model.interface)
         request = protocol.decode(envelope)
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         on_done = partial(self._finish, protocol, request, final, answer)
@@ -122,14 +122,6 @@ class GrpcInference:
         except Exception:
             _log.exception("the answer of model %s could not be written", name)
             answer.set_exception(ProtocolError(500, INTERNAL_ERROR))
-
-    def _protocol_of(self, model: ServedModel) -> GrpcProtocol:
-        interface = model.interface
-        known = self._protocols.get((interface.name, interface.version))
-        if known is None or known.interface is not interface:
-            known = GrpcProtocol(interface, self._service.regions.view)
-            self._protocols[interface.name, interface.version] = known
-        return known
 
 
 def _stopping() -> ProtocolError:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional
 
 from device_agent.batching.job import Job
 from device_agent.server.connection import BINARY, JSON, Connection
@@ -22,7 +22,7 @@ from device_agent.server.interface import InferRequest
 from device_agent.server.paths import Route, parse_path
 from device_agent.server.protocol import ModelProtocol
 from device_agent.server.request import Request, parse_length
-from device_agent.server.service import INTERNAL_ERROR, InferenceService, ServedModel
+from device_agent.server.service import INTERNAL_ERROR, InferenceService, Protocols
 
 _CACHED_ROUTES = 256
 
@@ -35,7 +35,7 @@ class InferenceRoutes:
     def __init__(self, service: InferenceService) -> None:
         self._service = service
         self._routes: Dict[bytes, Route] = {}
-        self._protocols: Dict[Tuple[str, str], ModelProtocol] = {}
+        self._protocols = Protocols(lambda interface: ModelProtocol(interface, service.regions.view))
         self._handlers: Dict[str, Callable[[Request, Connection, Route], None]] = {
             "infer": self._infer,
             "server_metadata": lambda request, connection, route: _respond_json(
@@ -84,7 +84,7 @@ class InferenceRoutes:
     def _infer(self, request: Request, connection: Connection, route: Route) -> None:
         service, headers = self._service, request.headers
         model = service.find(route.name or "", route.version)
-        protocol = self._protocol_of(model)
+        protocol = self._protocols.of(model.interface)
         body = decompress(request.body, headers.get(b"content-encoding"), service.max_body_bytes)
         infer = protocol.decode(body, _json_bytes(headers.get(b"inference-header-content-length")))
         on_done = partial(self._answer, connection, protocol, infer, headers.get(b"accept-encoding"))
@@ -113,14 +113,6 @@ class InferenceRoutes:
         except Exception:
             _log.exception("the answer of model %s could not be written", name)
             _respond_error(connection, ProtocolError(500, INTERNAL_ERROR))
-
-    def _protocol_of(self, model: ServedModel) -> ModelProtocol:
-        interface = model.interface
-        known = self._protocols.get((interface.name, interface.version))
-        if known is None or known.interface is not interface:
-            known = ModelProtocol(interface, self._service.regions.view)
-            self._protocols[interface.name, interface.version] = known
-        return known
 
     # Documents
 

@@ -16,12 +16,14 @@ from typing import (
     Callable,
     Coroutine,
     Dict,
+    Generic,
     List,
     Mapping,
     Optional,
     Sequence,
     Set,
     Tuple,
+    TypeVar,
 )
 
 from device_agent import __version__
@@ -51,6 +53,27 @@ EXTENSIONS = [
 INTERNAL_ERROR = "the agent failed; its log has the cause"
 
 _log = logging.getLogger(__name__)
+
+_P = TypeVar("_P")
+
+
+class Protocols(Generic[_P]):
+    """What a transport keeps for each model version, made anew after a swap.
+
+    Args:
+        make: makes it for what clients see of a version.
+    """
+
+    def __init__(self, make: Callable[[ModelInterface], _P]) -> None:
+        self._make = make
+        self._known: Dict[Tuple[str, str], Tuple[ModelInterface, _P]] = {}
+
+    def of(self, interface: ModelInterface) -> _P:
+        """The one that was made for ``interface``."""
+        known = self._known.get((interface.name, interface.version))
+        if known is None or known[0] is not interface:
+            known = self._known[interface.name, interface.version] = (interface, self._make(interface))
+        return known[1]
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def keep_within(
         weight_bits: as the choice was made with.
         max_kept: the most layers that may stay in float.
     """
-    from calibration import protect
+    from calibration import Options, protect
 
     def score(graph: Any) -> float:
         return judge.score(graph.SerializeToString())
@@ -123,9 +123,8 @@ def keep_within(
         samples,
         score,
         at_least,
+        Options(exclude=choice.spared, weight_bits=weight_bits),
         exact=choice.exact,
-        exclude=choice.spared,
         max_kept=max_kept,
-        weight_bits=weight_bits,
     )
     return Kept(found.quantized, found.kept, {**facts, "protected": found.score})

@@ -51,7 +51,13 @@ def test_what_is_excluded_stays_in_float(
 ) -> None:
     """Layers that are in float anyway stay there, and are not counted among those that are kept."""
     found = protect(
-        residual_cnn, cnn_scales, [{"image": images}], lambda _: 0.0, 1.0, exclude=("fc",), max_kept=1
+        residual_cnn,
+        cnn_scales,
+        [{"image": images}],
+        lambda _: 0.0,
+        1.0,
+        Options(exclude=("fc",)),
+        max_kept=1,
     )
     assert "fc" in found.quantized.report.kept_float
     assert "fc" not in found.kept
@@ -74,7 +80,7 @@ def test_layers_in_float_compute_as_before_the_methods(residual_cnn: ModelProto,
     chosen = choose(residual_cnn, samples, [{"image": images[16:]}], options)
     assert "rounding" in chosen.methods
     found = protect(
-        chosen.model, chosen.scales, samples, lambda _: 0.0, 1.0, exact=chosen.exact, max_kept=1, threads=1
+        chosen.model, chosen.scales, samples, lambda _: 0.0, 1.0, options, exact=chosen.exact, max_kept=1
     )
     order = sensitivity(chosen.exact, chosen.scales, samples, threads=1)
     graph = restored(chosen.model, chosen.exact, [order[0].node])

@@ -6,12 +6,14 @@ import hashlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Dict, Tuple
 
 import numpy as np
 import onnx
@@ -301,3 +303,19 @@ class StandInTransport:
         self.open = False
 
     abort = close
+
+
+def connect(agent: AgentProcess) -> socket.socket:
+    """A plain TCP connection."""
+    host, port = agent.http.rsplit(":", 1)
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def read_response(stream: Any) -> Tuple[int, Dict[str, str], bytes]:
+    """Status, headers by lower-case name, and body of the next response."""
+    status = int(stream.readline().split()[1])
+    headers = {}
+    for line in iter(stream.readline, b"\r\n"):
+        name, _, value = line.decode().partition(":")
+        headers[name.lower()] = value.strip()
+    return status, headers, stream.read(int(headers.get("content-length", 0)))

@@ -23,11 +23,13 @@ from tritonclient.utils import InferenceServerException
 
 from agent_testing import (
     AgentProcess,
+    connect,
     identity,
     install,
     linear,
     linear_bundle,
     make_model,
+    read_response,
     session_of,
     write_bundle,
 )
@@ -64,22 +66,6 @@ def tensor(name: str, array: np.ndarray, dtype: str, binary: bool = True) -> Any
     value = tritonclient.http.InferInput(name, list(array.shape), dtype)
     value.set_data_from_numpy(array, binary_data=binary)
     return value
-
-
-def connect(agent: AgentProcess) -> socket.socket:
-    """A plain TCP connection."""
-    host, port = agent.http.rsplit(":", 1)
-    return socket.create_connection((host, int(port)), timeout=10)
-
-
-def read_response(stream: Any) -> Tuple[int, Dict[str, str], bytes]:
-    """Status, headers by lower-case name, and body of the next response."""
-    status = int(stream.readline().split()[1])
-    headers = {}
-    for line in iter(stream.readline, b"\r\n"):
-        name, _, value = line.decode().partition(":")
-        headers[name.lower()] = value.strip()
-    return status, headers, stream.read(int(headers.get("content-length", 0)))
 
 
 def send_raw(agent: AgentProcess, data: bytes) -> Tuple[int, Dict[str, str], bytes]:

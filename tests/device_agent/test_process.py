@@ -366,6 +366,7 @@ def test_no_process_outlives_an_agent_that_is_killed(
     os.kill(worker, signal.SIGSTOP)
     agent.kill()
     _until(lambda: not _is_alive(worker))
+    assert not _is_alive(worker)
 
 
 def _children(process: int) -> Any:

@@ -16,9 +16,11 @@ import pytest
 from agent_testing import (
     AgentProcess,
     StandInTransport,
+    connect,
     identity,
     install,
     linear_bundle,
+    read_response,
     write_bundle,
 )
 from device_agent.config import Limits
@@ -45,12 +47,6 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
     running.kill()
 
 
-def connect(agent: AgentProcess) -> socket.socket:
-    """A plain TCP connection."""
-    host, port = agent.http.rsplit(":", 1)
-    return socket.create_connection((host, int(port)), timeout=10)
-
-
 def good_body(rows: int = 1) -> bytes:
     """A valid request to ``model``."""
     data = [0.5] * 8 * rows
@@ -63,16 +59,6 @@ def post(body: bytes, headers: bytes = b"", path: str = INFER) -> bytes:
     """A POST with a Content-Length."""
     head = b"POST %s HTTP/1.1\r\nHost: d\r\nContent-Length: %d\r\n%s\r\n"
     return head % (path.encode(), len(body), headers) + body
-
-
-def read_response(stream: Any) -> Tuple[int, Dict[str, str], bytes]:
-    """Status, headers by lower-case name, and body of the next response."""
-    status = int(stream.readline().split()[1])
-    headers = {}
-    for line in iter(stream.readline, b"\r\n"):
-        name, _, value = line.decode().partition(":")
-        headers[name.lower()] = value.strip()
-    return status, headers, stream.read(int(headers.get("content-length", 0)))
 
 
 def exchange(agent: AgentProcess, data: bytes) -> Tuple[int, Dict[str, str], bytes]:

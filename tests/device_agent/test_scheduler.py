@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batching_simulation import Simulation
-from device_agent.batching.job import QueueFull
+from device_agent.batching.job import Job, QueueFull
 from device_agent.batching.returns import NOBODY, Returns
 from device_agent.batching.scheduler import BatcherSettings
 from device_agent.batching.settings import Batching, QueuePolicy
@@ -77,6 +77,23 @@ def test_clients_in_step_share_a_run(clients: int, gain: float) -> None:
 def test_a_lone_client_never_waits() -> None:
     """One client is answered as soon as without batching, however quickly it asks again."""
     assert closed_rate(shared, 1, 150e-6, Batching()) == closed_rate(shared, 1, 150e-6, NEVER_WAITS)
+
+
+@pytest.mark.parametrize(("clients", "spared"), [(1, True), (4, False)])
+def test_a_lone_client_is_spared_the_way_to_a_thread(clients: int, spared: bool) -> None:
+    """On a single core its runs stay on the loop; they leave it where others may come back meanwhile."""
+    simulation = Simulation(BatcherSettings(16, one_core=True), shared)
+    limits_s: List[float] = []
+    started = simulation.scheduler.started
+
+    def watched(batch: List[Job], now_s: float) -> None:
+        limits_s.append(simulation.scheduler.inline_below_s)
+        started(batch, now_s)
+
+    simulation.scheduler.started = watched  # type: ignore[method-assign]  # looks on, changes nothing
+    simulation.closed_loop(clients, lambda: 150e-6)
+    simulation.run(1.0)
+    assert all(limit_s > shared(1, 0.0) for limit_s in limits_s) == spared
 
 
 @pytest.mark.parametrize("rate", [50, 300, 1000])

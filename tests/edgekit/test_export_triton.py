@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +17,7 @@ from host_testing import assert_three_lines, edgekit
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from repository_agent import agent_on
 from tritonclient.grpc import model_config_pb2
 
 from device_agent.manifest import Contract, Golden, Manifest, Step, TensorSpec, Tolerance
@@ -128,31 +123,6 @@ def test_any_signature_is_written_as_triton_and_the_agent_read_it(
     assert ours["input"][0]["dims"] == list(theirs.input[0].dims)
     data_type = model_config_pb2.DataType.Name(theirs.input[0].data_type)
     assert ours["input"][0]["data_type"] == data_type
-
-
-@contextmanager
-def agent_on(repository: Path, root: Path) -> Iterator[str]:
-    """Our agent on a model repository; gives its HTTP address."""
-    settings = root / "agent.toml"
-    settings.write_text(
-        f'state_dir = "{root / "state"}"\nkeys_dir = "{root / "keys"}"\n'
-        f'control_socket = "{root / "c.sock"}"\nthreads = 1\n'
-        "[http]\nport = 0\n[grpc]\nenabled = false\n[metrics]\nport = 0\n"
-    )
-    log = root / "agent.log"
-    command = [sys.executable, "-m", "device_agent.cli", "serve", "--config", str(settings)]
-    with log.open("wb") as stream:
-        agent = subprocess.Popen([*command, "--model-repository", str(repository)], stderr=stream)
-    try:
-        deadline_s = time.monotonic() + 30
-        while not (match := re.search(r"listening http=(\S+)", log.read_text())):
-            assert agent.poll() is None, log.read_text()
-            assert time.monotonic() < deadline_s, log.read_text()
-            time.sleep(0.02)
-        yield match.group(1)
-    finally:
-        agent.terminate()
-        agent.wait(timeout=30)
 
 
 def test_the_agent_serves_the_repository_like_the_bundle(packed: bundle.Bundle, tmp_path: Path) -> None:

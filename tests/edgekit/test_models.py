@@ -538,10 +538,10 @@ def test_damaged_programs_are_refused(tmp_path: Path) -> None:
     """A truncated archive, and something else with that ending, are clear errors."""
     path = save_program(tmp_path / "halves.pt2")
     (tmp_path / "half.pt2").write_bytes(path.read_bytes()[:2000])
-    refused(tmp_path / "half.pt2")
+    assert "half.pt2" in refused(tmp_path / "half.pt2")
     (tmp_path / "text.pt2").write_text("no archive")
-    refused(tmp_path / "text.pt2")
-    refused(rewritten(path, {"models/model.json": b"{}"}))
+    assert "text.pt2" in refused(tmp_path / "text.pt2")
+    assert refused(rewritten(path, {"models/model.json": b"{}"}))
 
 
 # ONNX

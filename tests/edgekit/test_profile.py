@@ -149,7 +149,7 @@ def test_no_misspelt_key_is_ever_ignored(
     if misspelt in siblings or not misspelt:
         return
     lines[index] = lines[index].replace(key, misspelt, 1)
-    refused(tmp_path_factory.getbasetemp() / "misspelt.toml", "\n".join(lines))
+    assert refused(tmp_path_factory.getbasetemp() / "misspelt.toml", "\n".join(lines))
 
 
 @pytest.mark.parametrize(
