@@ -48,7 +48,7 @@ fuzz: setup
 
 soak: setup
 	$(BIN)/python benchmarks/serving/soak.py --minutes $(SOAK_MINUTES)
-	EDGEKIT_OPENAPI_EXAMPLES=300 $(BIN)/pytest -q --timeout 1800 tests/test_openapi.py
+	EDGEKIT_OPENAPI_EXAMPLES=300 $(BIN)/pytest -q --timeout 1800 tests/edgekit/test_openapi.py
 
 bench: setup
 	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)) benchmarks/serving/run.py; do \

@@ -24,7 +24,7 @@ from device_agent.server.paths import parse_path
 from device_agent.server.routes import InferenceRoutes
 from device_agent.server.service import InferenceService
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "openapi.yaml"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "openapi.yaml"
 EXAMPLES = int(os.environ.get("EDGEKIT_OPENAPI_EXAMPLES", "4"))  # generated for each operation
 
 schema = schemathesis.openapi.from_path(str(DOCUMENT))
