@@ -31,7 +31,7 @@ demo: setup
 
 # The agent's tests run in environments of its own only, one of them with the host's Python.
 test: setup lint
-	$(BIN)/pytest -q --ignore=tests/device_agent
+	$(BIN)/pytest -q --ignore=tests/device_agent --ignore=tests/system
 	$(MAKE) --no-print-directory test-agent AGENT_PYTHONS="3.8 3.11"
 
 lint: setup

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, List, Optional, Protocol, Tuple
 
+from device_agent import provisioned
 from device_agent.config import Address, Config
 from device_agent.errors import Missing
 from device_agent.lifecycle import Lifecycle
@@ -103,6 +104,7 @@ async def _serve(config: Config, store: Store, settings: Optional[RepositorySett
     }
     _log.info("listening %s", " ".join(f"{door}={where}" for door, where in doors.items() if where))
     _notify_service_manager("READY=1")
+    first_start = loop.run_in_executor(None, provisioned.install, config.state_dir, lifecycle)
 
     await stop.wait()
     _notify_service_manager("STOPPING=1")
@@ -114,6 +116,7 @@ async def _serve(config: Config, store: Store, settings: Optional[RepositorySett
     complete = all(drained)
     await status.drain(1.0)
     await loop.run_in_executor(None, lifecycle.close)  # an update that runs is finished first
+    await first_start
     await _retire_all(models)
     if repository is not None:
         repository.close()

@@ -347,6 +347,35 @@ def deploy(bundle_path: Path, address: str, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--rootfs", required=True, type=path_argument, help="Root of a Debian or Ubuntu tree.")
+@click.option("--bundle", required=True, type=path_argument, help="What the device shall serve.")
+@click.option("--key", "keys", required=True, multiple=True, type=path_argument, help="A key to trust.")
+@click.option(
+    "--agent", type=path_argument, help="The agent's Debian package; without it, the fitting one in dist/."
+)
+@click.option(
+    "--config", type=path_argument, help="The agent's configuration; without it, the package's own."
+)
+@json_option
+def provision(
+    rootfs: Path, bundle: Path, keys: tuple[Path, ...], agent: Path | None, config: Path | None, as_json: bool
+) -> None:
+    """Put the agent, its keys and a bundle into a root file system before it is flashed."""
+    from dataclasses import asdict
+
+    from edgekit.deploy import provision as job
+
+    package = agent if agent is not None else job.find_package(Path("dist"), rootfs)
+    result = job.provision(
+        rootfs, bundle, keys, package, config, lambda step: click.echo(f"  {step}", err=True)
+    )
+    if as_json:
+        _print_json(asdict(result))
+    else:
+        click.echo(f"{result.rootfs} ({result.distribution}) comes up serving {result.model}")
+
+
+@cli.command()
 @click.option("--seed", type=int, default=0, show_default=True, help="For training and everything after it.")
 @click.option("--out", type=path_argument, default=Path("edgekit-demo"), show_default=True)
 @json_option

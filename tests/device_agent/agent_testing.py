@@ -260,11 +260,16 @@ class AgentProcess:
             self.process.wait()
 
 
+def make_lifecycle(store: Store, state_dir: Path) -> Lifecycle:
+    """A lifecycle with a real engine that takes unsigned bundles."""
+    trust = Trust(state_dir / "no-keys", allow_unsigned=True)
+    return Lifecycle(store, trust, Models(Config(threads=1), Metrics()))
+
+
 def install(state_dir: Path, bundles: Sequence[TestBundle]) -> None:
     """Put bundles into a store, active, as ``edgekit-agent install`` does while no agent runs."""
     with Store(state_dir) as store:
-        trust = Trust(state_dir / "no-keys", allow_unsigned=True)
-        lifecycle = Lifecycle(store, trust, Models(Config(threads=1), Metrics()))
+        lifecycle = make_lifecycle(store, state_dir)
         for bundle in bundles:
             lifecycle.install(bundle.directory)
 

@@ -25,7 +25,9 @@ from edgekit.deploy import local
 from edgekit.errors import BadInput, DeviceRefused, Missing
 
 
-def make_bundle(root: Path, factor: float, wrong: bool = False, version: int = 1) -> bundle.Bundle:
+def make_bundle(
+    root: Path, factor: float, wrong: bool = False, version: int = 1, architecture: str = "x86_64"
+) -> bundle.Bundle:
     """A bundle whose model multiplies by ``factor``; a wrong one has other golden outputs."""
     staging = root / f"staging-{factor}-{wrong}"
     staging.mkdir(parents=True)
@@ -44,7 +46,7 @@ def make_bundle(root: Path, factor: float, wrong: bool = False, version: int = 1
         name="scale",
         version=version,
         profile="x86-cpu",
-        architecture="x86_64",
+        architecture=architecture,
         graph="model.onnx",
         precision="fp32",
         inputs=(TensorSpec("x", "FP32", (-1, 3)),),
