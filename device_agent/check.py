@@ -13,7 +13,7 @@ from typing import List
 
 from device_agent.config import Config
 from device_agent.errors import BadInput
-from device_agent.signature import key_files, load_public_key
+from device_agent.keys import key_files, load_public_key
 
 _MIN_PYTHON = (3, 8)
 _MIN_FREE_BYTES = 256 * 1024 * 1024

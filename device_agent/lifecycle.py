@@ -23,16 +23,16 @@ import threading
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional
 
 from device_agent import archive, startup
-from device_agent import manifest as manifest_module
+from device_agent.admission import Admission, Rotated
 from device_agent.errors import AgentError, BadInput, Refused
 from device_agent.journal import Operation, abandon_interrupted
 from device_agent.manifest import Manifest
 from device_agent.model_state import ModelState
 from device_agent.outcome import Installed, outcome_of
-from device_agent.signature import Signer, Trust
+from device_agent.signature import Trust
 from device_agent.store import Store, Version
 from device_agent.swap import Swap, stopped_first
 from device_agent.swap_plan import NOTHING_TO_STOP, SwapPlan
@@ -53,7 +53,7 @@ class Lifecycle:
 
     def __init__(self, store: Store, trust: Trust, models: Models) -> None:
         self._store = store
-        self._trust = trust
+        self._admission = Admission(store, trust)
         self._models = models
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self._busy = threading.Lock()
@@ -70,18 +70,27 @@ class Lifecycle:
 
     # Operations
 
-    def install(self, bundle: Path, activate: bool = True, on_state: Optional[OnState] = None) -> Installed:
+    def install(
+        self,
+        bundle: Path,
+        activate: bool = True,
+        on_state: Optional[OnState] = None,
+        *,
+        allow_downgrade: bool = False,
+    ) -> Installed:
         """Take a bundle, either form, through the whole state machine.
 
         Args:
             bundle: its path on this device.
             activate: False stops at ``staged``.
             on_state: called with each state once it is reached.
+            allow_downgrade: take it though a newer version was committed; for a person at the device.
 
         Raises:
             BadInput: not a bundle, damaged, too new, or not trusted (ManifestError, TrustError).
             Missing: a runtime that it needs is not here.
-            Refused: no space, or it failed its self-test. In every case the old version serves on.
+            Refused: it is older than what was committed (DowngradeError), there is no space, or it failed
+                its self-test. In every case the old version serves on.
         """
         with self._turn():
             head = archive.read_head(bundle)
@@ -89,7 +98,7 @@ class Lifecycle:
             operation = Operation(self._store, "install", head.manifest.name, head.digest, goal, on_state)
             with _journaled(operation):
                 operation.enter("received")
-                signer = self._admit(head)
+                signer = self._admission.admit(head, allow_downgrade)
                 abandon_interrupted(self._store, operation.name)
                 operation.fresh = not self._store.has(operation.name, operation.digest)
                 if operation.fresh:
@@ -108,7 +117,8 @@ class Lifecycle:
 
         Raises:
             BadInput: no such version, or it is not trusted any more.
-            Refused: it failed its self-test. The old version serves on.
+            Refused: it failed its self-test; or it was never committed, and a newer one was. The old
+                version serves on.
         """
         with self._turn():
             version = self._store.find(digest)
@@ -155,6 +165,15 @@ class Lifecycle:
         with self._turn():
             startup.restore(self._store, self._load)
 
+    def rotate(self, document: bytes) -> Rotated:
+        """Take a rotation document: see ``Admission.rotate``, which says what is refused."""
+        with self._turn():
+            return self._admission.rotate(document)
+
+    def keys(self) -> List[Dict[str, Any]]:
+        """Describe every key that signs, or signed once."""
+        return self._admission.keys()
+
     def status(self) -> List[Dict[str, Any]]:
         """Describe every model: versions on disk, what serves, and the last operation with its failure."""
         return [self._describe(name) for name in self._store.names()]
@@ -167,16 +186,19 @@ class Lifecycle:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Wait until no other operation runs."""
+        """Wait until no other operation runs; afterwards what was committed raises the ratchet."""
         with self._busy:
             if self._closed:
                 raise Refused("nothing can be changed now", "the agent stops", "try again once it is up")
-            yield
+            try:
+                yield
+            finally:
+                self._admission.settle_all()
 
     def _change(self, operation: Operation, target: ModelState) -> Installed:
         """Bring up an installed version; ``target`` is the state in which it is active."""
         with _journaled(operation):
-            parsed, signer = self._check(operation.name, operation.digest)
+            parsed, signer = self._admission.readmit(operation.name, operation.digest)
             operation.enter("staged")
             before = self._store.state(operation.name)
             planned = self._bring_up(operation, parsed, target)
@@ -235,22 +257,11 @@ class Lifecycle:
             _log.error("the state of %s could not be written back: %s", name, error.why)
 
     def _load(self, name: str, digest: str) -> None:
-        manifest, _ = self._check(name, digest)
+        manifest, _ = self._admission.check(name, digest)
         loaded = self._models.prepare(self._store.directory(name, digest), manifest, digest)
         swap = Swap(self._models, self._loop, loaded)
         swap.make()
         swap.finish()
-
-    # Trust
-
-    def _admit(self, head: archive.Head) -> Signer:
-        return _warn_unsigned(head.manifest, self._trust.authenticate(head))
-
-    def _check(self, name: str, digest: str) -> Tuple[Manifest, Signer]:
-        """Check an installed version again: its files may have decayed, its key may be trusted no more."""
-        directory = self._store.directory(name, digest)
-        manifest, _ = manifest_module.read(directory)
-        return manifest, _warn_unsigned(manifest, self._trust.check(directory, manifest, digest))
 
     # Reports
 
@@ -278,11 +289,3 @@ def _journaled(operation: Operation) -> Iterator[None]:
         _log.error("%s of %s failed after %s: %s", operation.kind, operation.digest[:12], state, why)
         operation.fail(error)
         raise
-
-
-def _warn_unsigned(manifest: Manifest, signer: Signer) -> Signer:
-    if not signer.signed:
-        _log.warning(
-            "%s version %d is not signed; allow_unsigned lets it in", manifest.name, manifest.version
-        )
-    return signer

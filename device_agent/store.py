@@ -2,6 +2,7 @@
 
     STATE_DIR/lock                              held by the one process that may write
     STATE_DIR/temporary/                        meaningless after a crash; emptied when the store is opened
+    STATE_DIR/trust/                            what was learned about keys and versions (see trust_store)
     STATE_DIR/models/NAME/versions/DIGEST/      an unpacked bundle, published whole
     STATE_DIR/models/NAME/state.json            which version is active, which is the fallback
     STATE_DIR/models/NAME/journal.json          the last operation on this model (see journal)
@@ -105,6 +106,11 @@ class Store:
         os.close(self._lock)
 
     # Reading
+
+    @property
+    def trust_dir(self) -> Path:
+        """Where the trust store lies; it is written under this store's lock."""
+        return self._root / "trust"
 
     def names(self) -> List[str]:
         """Names of the models that were ever installed, sorted."""

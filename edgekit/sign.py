@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from device_agent import archive, signature
+from device_agent import archive, keys, signature
 from device_agent.manifest import SIGNATURE_NAME
 from edgekit.bundle import bundle_errors, open_bundle, write_atomically
 from edgekit.errors import BadInput
@@ -75,7 +75,7 @@ def sign(bundle: Path, key: Path) -> signature.Signer:
         else:
             write_atomically(opened.directory / SIGNATURE_NAME, data)
             archive.pack(opened.directory, bundle)
-    return signature.Signer(key.stem, signature.fingerprint(private_key.public_key()))
+    return signature.Signer(key.stem, keys.fingerprint(private_key.public_key()))
 
 
 def verify(bundle: Path, key: Path) -> signature.Signer:
@@ -89,7 +89,7 @@ def verify(bundle: Path, key: Path) -> signature.Signer:
         BadInput: it is not signed, another key signed it, or something in it was changed.
     """
     with bundle_errors():
-        signer = signature.authenticate(archive.read_head(bundle), [signature.load_public_key(key)])
+        signer = signature.authenticate(archive.read_head(bundle), [keys.load_public_key(key)])
     with open_bundle(bundle):
         return signer
 
@@ -109,8 +109,8 @@ def _load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
         ) from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise BadInput(f"{path} is not a private key", "it holds no PEM private key", _KEY_FIX) from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in signature.CURVES:
-        curves = ", ".join(signature.CURVES)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in keys.CURVES:
+        curves = ", ".join(keys.CURVES)
         raise BadInput(f"{path} cannot sign", f"the signature format knows the curves {curves}", _KEY_FIX)
     return key
 

@@ -6,8 +6,9 @@
     <- {"ok": true, "result": {...}}
     <- {"ok": false, "what": "...", "why": "...", "fix": "...", "exit_code": 5}
 
-Operations and their arguments: ``install`` (bundle, activate), ``activate`` (digest), ``rollback`` (name),
-``remove`` (digest), ``list``, ``status``. The socket's file permissions are the access control: it belongs
+Operations and their arguments: ``install`` (bundle, activate, allow_downgrade), ``activate`` (digest),
+``rollback`` (name), ``remove`` (digest), ``trust`` (document: the text of a rotation document), ``list``,
+``status``, ``keys``. The socket's file permissions are the access control: it belongs
 to its owner alone. Several requests may follow each other on one connection.
 """
 
@@ -122,10 +123,11 @@ class _Arguments:
 
 def _install(lifecycle: Lifecycle, arguments: _Arguments, on_state: Callable[[str], None]) -> Any:
     bundle, activate = arguments.take("bundle", str), arguments.take("activate", bool, True)
+    allow_downgrade = arguments.take("allow_downgrade", bool, False)
     arguments.end()
     if not bundle.startswith("/") or "\0" in bundle:
         raise _bad_request("'bundle' is not an absolute path")
-    return asdict(lifecycle.install(Path(bundle), activate, on_state))
+    return asdict(lifecycle.install(Path(bundle), activate, on_state, allow_downgrade=allow_downgrade))
 
 
 def _activate(lifecycle: Lifecycle, arguments: _Arguments, on_state: Callable[[str], None]) -> Any:
@@ -146,6 +148,17 @@ def _remove(lifecycle: Lifecycle, arguments: _Arguments, on_state: Callable[[str
     return lifecycle.remove(digest).label()
 
 
+def _trust(lifecycle: Lifecycle, arguments: _Arguments, on_state: Callable[[str], None]) -> Any:
+    document = arguments.take("document", str)
+    arguments.end()
+    return asdict(lifecycle.rotate(document.encode("utf-8", "replace")))
+
+
+def _keys(lifecycle: Lifecycle, arguments: _Arguments, on_state: Callable[[str], None]) -> Any:
+    arguments.end()
+    return lifecycle.keys()
+
+
 def _list(lifecycle: Lifecycle, arguments: _Arguments, on_state: Callable[[str], None]) -> Any:
     arguments.end()
     return lifecycle.list()
@@ -161,9 +174,12 @@ _OPERATIONS: Dict[str, _Handler] = {
     "activate": _activate,
     "rollback": _rollback,
     "remove": _remove,
+    "trust": _trust,
     "list": _list,
     "status": _status,
+    "keys": _keys,
 }
+_REPORTS = ("list", "status", "keys")
 
 
 # Connections
@@ -225,7 +241,7 @@ class _Connections:
             raise _bad_request("the line is not JSON") from error
         if not isinstance(message, dict):
             raise _bad_request("the line is not a JSON object")
-        return message, self._reports if message.get("op") in ("list", "status") else self._changes
+        return message, self._reports if message.get("op") in _REPORTS else self._changes
 
 
 def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:

@@ -48,7 +48,7 @@ class World:
         with Store(self.state_dir) as store:
             lifecycle = Lifecycle(store, self.trust, FakeModels())  # type: ignore[arg-type]  # the double
             for name in names:
-                lifecycle.install(self.bundle(name))
+                lifecycle.install(self.bundle(name), allow_downgrade=True)
 
     def check_start(self, state_dir: Path, allowed: Sequence[Optional[str]]) -> Optional[str]:
         """Start on what a crash left; return which version serves, and prove that updates still work."""
@@ -209,9 +209,9 @@ def _install_on_failing_disk(
         assert models.serving["demo"].digest == world.digests[installed]
         if not lasting:
             assert store.active("demo") == world.digests[installed]
-        lifecycle.install(world.bundle("older"))
-        assert models.serving["demo"].digest == store.active("demo") == world.digests["older"]
-    world.check_start(state_dir, [world.digests["older"]])
+        lifecycle.install(world.bundle("next"))
+        assert models.serving["demo"].digest == store.active("demo") == world.digests["next"]
+    world.check_start(state_dir, [world.digests["next"]])
     return failed
 
 

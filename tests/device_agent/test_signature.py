@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device_agent import archive, signature
+from device_agent import keys as key_module
 from device_agent.errors import BadInput, ManifestError, TrustError
 from device_agent.signature import Trust
 from storage_kit import make_bundle, make_key, sign_bundle, signed_bundle
@@ -178,7 +179,7 @@ def test_keys_of_other_kinds_are_refused(tmp_path: Path) -> None:
         public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     )
     with pytest.raises(BadInput, match="secp256r1"):
-        signature.load_public_key(path)
+        key_module.load_public_key(path)
 
 
 @given(st.data())
