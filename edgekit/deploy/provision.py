@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device_agent import archive, signature
+from device_agent.keys import load_public_key
 from device_agent.manifest import Manifest
 from edgekit.bundle import OpenBundle, bundle_errors, open_bundle, write_atomically
 from edgekit.deploy import rootfs as trees
@@ -107,9 +108,7 @@ def provision(
     package = _fitting(read_package(agent), tree)
     settings = None if config is None else _read_config(config)
     with open_bundle(bundle) as opened, bundle_errors():
-        signature.authenticate(
-            archive.read_head(opened.directory), [signature.load_public_key(key) for key in keys]
-        )
+        signature.authenticate(archive.read_head(opened.directory), [load_public_key(key) for key in keys])
         _require_processor(tree, opened.manifest)
         if os.geteuid() != 0:
             raise BadInput(
