@@ -1,7 +1,7 @@
 """The bodies of a connection's requests while they are received, one after the other.
 
-A short body is the piece that the parser delivers. The rest of a long one whose length was announced is
-received straight into memory of its own, placed so that the tensors behind its JSON are aligned.
+A body whose length was announced is put straight into memory of its own, placed so that the tensors behind
+its JSON are aligned. A chunked one is the pieces that the parser delivers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,29 @@ import numpy as np
 _ALIGNMENT_BYTES = 64
 
 
+class Memory:
+    """What bodies lie in. One that was answered leaves its memory to the next on its connection.
+
+    Its pages are mapped already, which saves as much time as reading the next body into it takes.
+    """
+
+    __slots__ = ("_address", "_array", "_byte_size")
+
+    def __init__(self, byte_size: int) -> None:
+        self._array: np.ndarray[Any, Any] = np.empty(byte_size + _ALIGNMENT_BYTES, dtype=np.uint8)
+        self._address = int(self._array.ctypes.data)
+        self._byte_size = byte_size
+
+    def fits(self, byte_size: int) -> bool:
+        """Whether a body of this size has room."""
+        return byte_size <= self._byte_size
+
+    def room(self, byte_size: int, aligned_at: int) -> memoryview:
+        """Memory for a body whose byte ``aligned_at`` lies where every type of tensor may start."""
+        offset = -(self._address + aligned_at) % _ALIGNMENT_BYTES
+        return self._array.data[offset : offset + byte_size]
+
+
 class Body:
     """The body that is being received.
 
@@ -20,14 +43,13 @@ class Body:
         announced: its length by the head; None: it comes in chunks, or there is none.
         received: how much of it has come.
         pieces: how many pieces the parser has delivered.
-        rest: the memory that a long body is received into; None: its pieces come from the parser.
-        memory: what ``rest`` is part of.
+        rest: the memory that an announced body is received into; None: its pieces come from the parser.
     """
 
-    __slots__ = ("_first", "_joined", "_spare", "announced", "memory", "pieces", "received", "rest")
+    __slots__ = ("_first", "_joined", "_memory", "_spare", "announced", "pieces", "received", "rest")
 
     def __init__(self) -> None:
-        self._spare: Optional[np.ndarray[Any, Any]] = None
+        self._spare: Optional[Memory] = None
         self.clear()
 
     def clear(self) -> None:
@@ -36,7 +58,7 @@ class Body:
         self.received = 0
         self.pieces = 0
         self.rest: Optional[memoryview] = None
-        self.memory: Optional[np.ndarray[Any, Any]] = None
+        self._memory: Optional[Memory] = None
         self._first = b""
         self._joined: Optional[bytearray] = None
 
@@ -51,40 +73,39 @@ class Body:
             self._joined = bytearray(self._first)
         self._joined += piece
 
-    def is_long(self) -> bool:
+    def is_cut(self) -> bool:
         """Whether an announced body has not come with the data that its head came in."""
         return self.announced is not None and self.received < self.announced
 
-    def receive_directly(self, json_bytes: int) -> None:
-        """Give the rest of an announced body its own memory.
+    def expect(self, byte_size: int, json_bytes: int) -> memoryview:
+        """Give a body of ``byte_size``, or the rest of it, its own memory.
 
         Args:
-            json_bytes: where in the body its tensors start.
+            byte_size: of the whole body.
+            json_bytes: where in it its tensors start.
         """
-        size = self.announced or 0
         memory, self._spare = self._spare, None
-        if memory is None or len(memory) < size + _ALIGNMENT_BYTES:
-            memory = np.empty(size + _ALIGNMENT_BYTES, dtype=np.uint8)
-        offset = -(memory.ctypes.data + json_bytes) % _ALIGNMENT_BYTES
-        self.memory = memory
-        self.rest = memory.data[offset : offset + size]
-        self.rest[: self.received] = self._first if self._joined is None else self._joined
+        if memory is None or not memory.fits(byte_size):
+            memory = Memory(byte_size)
+        self._memory = memory
+        self.announced = byte_size
+        self.rest = rest = memory.room(byte_size, json_bytes)
+        if self.received:
+            rest[: self.received] = self._first if self._joined is None else self._joined
+        return rest
 
-    def finish(self) -> Tuple[memoryview, Optional[np.ndarray[Any, Any]]]:
+    def finish(self) -> Tuple[memoryview, Optional[Memory]]:
         """Everything that has come, and the memory that it lies in if that can be reused; then as new."""
-        first, joined, rest, memory = self._first, self._joined, self.rest, self.memory
+        first, joined, rest, memory = self._first, self._joined, self.rest, self._memory
         self.announced = None
         self.received = self.pieces = 0
         self._first = b""
-        if rest is not None:
-            self.rest = self.memory = self._joined = None
-            return rest, memory
         self._joined = None
+        if rest is not None:
+            self.rest = self._memory = None
+            return rest, memory
         return memoryview(first if joined is None else joined), None
 
-    def reuse(self, memory: Optional[np.ndarray[Any, Any]]) -> None:
-        """Take back the memory of an answered request, for the next long body; None: let go of it.
-
-        Its pages are mapped already, which saves as much time as reading the next body into it takes.
-        """
+    def reuse(self, memory: Optional[Memory]) -> None:
+        """Take back the memory of an answered request, for the next body; None: let go of it."""
         self._spare = memory

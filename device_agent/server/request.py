@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, Optional
+from typing import TYPE_CHECKING, Dict, Optional
 
 if TYPE_CHECKING:
-    import numpy as np
+    from device_agent.server.body import Memory
 
 _MAX_DIGITS = 18  # of a length; more is no length, and Python itself refuses thousands
 
@@ -16,10 +16,11 @@ class Request:
     Attributes:
         method: such as ``POST``.
         target: path and query as they were sent.
-        headers: by lower-case name; the values of a repeated one are joined by commas.
+        headers: by lower-case name; the values of a repeated one are joined by commas. Not to be changed:
+            requests with the same head share them.
         body: everything after the head; de-chunked, not decompressed.
         keep_alive: whether the client will send more on this connection.
-        memory: what a long body lies in; None: it has none of its own.
+        memory: what the body lies in; None: it has none of its own.
     """
 
     __slots__ = ("body", "headers", "is_http_1_0", "keep_alive", "memory", "method", "target")
@@ -31,7 +32,39 @@ class Request:
         self.body: memoryview = memoryview(b"")
         self.keep_alive = True
         self.is_http_1_0 = False
-        self.memory: Optional[np.ndarray[Any, Any]] = None
+        self.memory: Optional[Memory] = None
+
+
+class KnownHead:
+    """A head that a client has sent before, and will send again with its next frame.
+
+    Attributes:
+        data: the head as it is sent, its empty line included.
+        body_bytes: length of the body that it announces.
+        json_bytes: where in the body its tensors start.
+    """
+
+    __slots__ = ("_request", "body_bytes", "data", "json_bytes")
+
+    def __init__(self, data: bytes, request: Request, body_bytes: int) -> None:
+        """Know a head.
+
+        Args:
+            data: its bytes.
+            request: what the parser made of them.
+            body_bytes: length of the body that it announces.
+        """
+        self.data = data
+        self.body_bytes = body_bytes
+        self.json_bytes = parse_length(request.headers.get(b"inference-header-content-length")) or 0
+        self._request = request
+
+    def request(self) -> Request:
+        """Another request with this head, still without a body."""
+        known, request = self._request, Request.__new__(Request)
+        request.method, request.target, request.headers = known.method, known.target, known.headers
+        request.keep_alive, request.is_http_1_0 = known.keep_alive, known.is_http_1_0
+        return request
 
 
 def without_upgrade(request: Request) -> bytes:

@@ -15,6 +15,7 @@ from device_agent.server.http import HttpServer
 from device_agent.server.request import Request
 
 LIMITS = Limits(max_body_bytes=100_000)
+LARGE = Limits(max_body_bytes=200_000)
 
 
 def echo(request: Request, connection: Connection) -> None:
@@ -29,13 +30,13 @@ def echo_later(request: Request, connection: Connection) -> None:
 
 
 def exchange(
-    data: bytes, cuts: List[int], handler: Callable[[Request, Connection], None]
+    data: bytes, cuts: List[int], handler: Callable[[Request, Connection], None], limits: Limits = LIMITS
 ) -> StandInTransport:
     """Feed ``data``, cut at the given places, and return what came of it."""
 
     async def main() -> StandInTransport:
         transport = StandInTransport()
-        connection = Connection(HttpServer(handler, LIMITS, lambda status: None))
+        connection = Connection(HttpServer(handler, limits, lambda status: None))
         connection.connection_made(transport)  # type: ignore[arg-type]  # a double
         edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
         for start, stop in zip(edges, edges[1:]):
@@ -106,6 +107,32 @@ def test_requests_are_read_however_they_are_cut(plan: Any, cuts: List[int], hand
     transport = exchange(data, cuts, handler)
     assert responses(transport.written) == [(200, body) for body, _ in plan]
     assert transport.open
+
+
+def echo_all(request: Request, connection: Connection) -> None:
+    """Answer with what the head said, and the body."""
+    said = repr((request.method, request.target, sorted(request.headers.items())))
+    connection.respond(200, [said.encode(), bytes(request.body)])
+
+
+def frame(extra: bytes, seed: bytes, size: int) -> bytes:
+    """A request whose head is one of a few."""
+    head = b"POST /%d HTTP/1.1\r\nContent-Length: %d\r\n%s\r\n" % (size, size, extra)
+    return head + repeated(seed, size)
+
+
+extras = st.sampled_from([b"", b"Inference-Header-Content-Length: 3\r\n", b"Expect: 100-continue\r\n"])
+frames = st.builds(frame, extras, st.binary(min_size=1, max_size=4), st.sampled_from([0, 7, 20_000, 140_000]))
+
+
+@settings(deadline=None)
+@given(st.lists(frames, min_size=1, max_size=8), st.lists(st.integers(0, 1_200_000), max_size=12))
+def test_a_head_that_comes_again_means_what_it_meant_before(sent: List[bytes], cuts: List[int]) -> None:
+    """Requests that share a connection get the answers that they get on connections of their own."""
+    together = exchange(b"".join(sent), cuts, echo_all, LARGE)
+    apart = [exchange(one, [], echo_all, LARGE).written for one in sent]
+    assert responses(together.written) == responses(b"".join(apart))
+    assert together.open
 
 
 @settings(deadline=None, max_examples=300)
