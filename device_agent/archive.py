@@ -58,9 +58,19 @@ def read_head(bundle: Path) -> Head:
     """
     if os.path.isdir(str(bundle)):
         manifest_bytes = manifest_module.read_bytes(bundle)
-        return _head(manifest_bytes, directory.read_signature(bundle))
+        return head_of(manifest_bytes, directory.read_signature(bundle))
     with _open_archive(bundle) as stream:
         return _ArchiveReader(bundle, stream).head()
+
+
+def head_of(manifest_bytes: bytes, signature: Optional[bytes]) -> Head:
+    """The head of a bundle whose manifest and signature came another way than as files.
+
+    Raises:
+        ManifestError: the manifest is malformed.
+    """
+    parsed = manifest_module.loads(manifest_bytes)
+    return Head(parsed, manifest_bytes, manifest_module.digest(manifest_bytes), signature)
 
 
 def unpack(bundle: Path, head: Head, destination: Path) -> None:
@@ -141,7 +151,7 @@ class _ArchiveReader:
         if manifest_bytes is None:
             self._refuse(f"it does not begin with {MANIFEST_NAME}")
         signature = self._small_member(self._block(), SIGNATURE_NAME, directory.MAX_SIGNATURE_BYTES)
-        return _head(manifest_bytes, signature)
+        return head_of(manifest_bytes, signature)
 
     def unpack(self, head: Head, destination: Path) -> None:
         for name, data in _head_members(head):
@@ -231,11 +241,6 @@ def _in_order(manifest: Manifest) -> List[FileEntry]:
 
 
 # The manifest and the signature
-
-
-def _head(manifest_bytes: bytes, signature: Optional[bytes]) -> Head:
-    parsed = manifest_module.loads(manifest_bytes)
-    return Head(parsed, manifest_bytes, manifest_module.digest(manifest_bytes), signature)
 
 
 def _head_members(head: Head) -> List[Tuple[str, bytes]]:

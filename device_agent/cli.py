@@ -217,7 +217,12 @@ def _act(config: Config, message: Mapping[str, Any]) -> Any:
 
     trust = Trust(config.keys_dir, config.allow_unsigned)
     with Store(config.state_dir) as store:
-        return control.perform(Lifecycle(store, trust, Models(config, Metrics())), message, _progress)
+        lifecycle = Lifecycle(store, trust, Models(config, Metrics()))
+        if config.follow:
+            from device_agent.follow import report
+
+            lifecycle.show_followers(lambda: report.recorded(config.state_dir, config.follow))
+        return control.perform(lifecycle, message, _progress)
 
 
 def _progress(state: str) -> None:
@@ -259,6 +264,10 @@ def _model_lines(model: Mapping[str, Any]) -> List[str]:
     lines = [f"{model['name']}: " + (f"serves {serving[:12]}" if serving else model["pause"] or "not served")]
     lines += [_engine_line(model["engine"])] if model["engine"] else []
     lines += [f"  {_version_line(version)}" for version in model["versions"]]
+    if model["follow"] is not None:
+        from device_agent.follow import report
+
+        lines.append(report.line(model["follow"]))
     last: Optional[Dict[str, Any]] = model["last_operation"]
     if last is not None:
         failure = last["failure"]

@@ -32,6 +32,9 @@ mistake never silently leaves a default in place.
     threads = 1
     cpus = "0-1"
     isolate = true
+
+    [follow.NAME]                     # where a model comes from (see follow.settings)
+    reference = "oci://registry.example.com/models/NAME:stable"
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ from typing import Mapping, Optional
 from device_agent.affinity import parse_cpus
 from device_agent.batching.settings import Batching, problems
 from device_agent.errors import BadInput
+from device_agent.follow.settings import Follow
+from device_agent.follow.settings import problems as follow_problems
 from device_agent.strict import fill as _fill
 from device_agent.strict import wrong_type as _wrong_type
 
@@ -166,6 +171,7 @@ class Config:
         batching: how requests are put together.
         concurrent_runs: engines that may run at the same time; 0: as many as find cores of their own.
         models: settings of single models, by name.
+        follow: tags in registries that models follow, by the model's name.
     """
 
     state_dir: Path = Path("/var/lib/edgekit-agent")
@@ -180,6 +186,7 @@ class Config:
     threads: int = 0
     concurrent_runs: int = 0
     models: Mapping[str, ModelConfig] = field(default_factory=dict, metadata={"entries": ModelConfig()})
+    follow: Mapping[str, Follow] = field(default_factory=dict, metadata={"entries": Follow()})
 
     def of_model(self, name: str) -> ModelConfig:
         """The settings of a model; the defaults where the file has no table for it."""
@@ -246,6 +253,10 @@ def _check(config: Config, source: str) -> None:
     _check_batching(config.batching, "batching", source)
     for name, model in config.models.items():
         _check_model(model, f"models.{name}", source)
+    for name, follow in config.follow.items():
+        for key, expected in follow_problems(name, follow):
+            path = f"follow.{name}.{key}".rstrip(".")
+            raise _no_meaning(path, expected, source)
 
 
 def _check_model(model: ModelConfig, prefix: str, source: str) -> None:
@@ -270,11 +281,11 @@ def _check_model(model: ModelConfig, prefix: str, source: str) -> None:
 
 def _check_batching(batching: Batching, prefix: str, source: str) -> None:
     for key, expected in problems(batching):
-        raise BadInput(
-            f"{source} cannot be used",
-            f"'{prefix}.{key}' has no meaning",
-            f"make '{prefix}.{key}' {expected}",
-        )
+        raise _no_meaning(f"{prefix}.{key}", expected, source)
+
+
+def _no_meaning(name: str, expected: str, source: str) -> BadInput:
+    return BadInput(f"{source} cannot be used", f"'{name}' has no meaning", f"make '{name}' {expected}")
 
 
 def _check_address(address: Address, name: str, source: str) -> None:

@@ -23,7 +23,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, Optional
 
 from device_agent import archive, startup
 from device_agent.admission import Admission, Rotated
@@ -58,6 +58,7 @@ class Lifecycle:
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self._busy = threading.Lock()
         self._closed = False
+        self._describe_followers: Callable[[], Mapping[str, Mapping[str, Any]]] = dict
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Make switches on the event loop that serves; before this, nothing serves yet."""
@@ -68,7 +69,26 @@ class Lifecycle:
         with self._busy:
             self._closed = True
 
+    def show_followers(self, describe: Callable[[], Mapping[str, Mapping[str, Any]]]) -> None:
+        """Show in ``status`` which tags the models follow; ``describe`` gives that by model."""
+        self._describe_followers = describe
+
     # Operations
+
+    def preflight(self, head: archive.Head, download_bytes: int) -> Signer:
+        """What ``install`` would refuse before it stores a byte, before a byte is even fetched.
+
+        Args:
+            head: of the bundle.
+            download_bytes: what would be fetched to a place beside the store.
+
+        Raises:
+            TrustError: it is not trusted.
+            Refused: it is older than what was committed (DowngradeError), or there is no space for it.
+        """
+        signer = self._admission.admit(head)
+        self._store.require_space(head, download_bytes)
+        return signer
 
     def install(
         self,
@@ -176,7 +196,9 @@ class Lifecycle:
 
     def status(self) -> List[Dict[str, Any]]:
         """Describe every model: versions on disk, what serves, and the last operation with its failure."""
-        return [self._describe(name) for name in self._store.names()]
+        followers = self._describe_followers()
+        names = sorted({*self._store.names(), *followers})
+        return [{**self._describe(name), "follow": followers.get(name)} for name in names]
 
     def list(self) -> List[Dict[str, Any]]:
         """Describe every installed version."""

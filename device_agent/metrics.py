@@ -160,6 +160,23 @@ class ModelMetrics:
         entry[1] += job.finished_s - job.started_s
 
 
+@dataclass
+class FollowMetrics:
+    """Counters of a model that follows a tag; its own thread counts.
+
+    Attributes:
+        last_success_s: when the registry last answered, as seconds since 1970; 0: never.
+        failures: looks that failed.
+        downloaded_bytes: of blobs, over the network.
+        up_to_date: whether what the tag pointed at, when last seen, is installed.
+    """
+
+    last_success_s: float = 0.0
+    failures: int = 0
+    downloaded_bytes: int = 0
+    up_to_date: bool = False
+
+
 class Metrics:
     """Counters of the whole agent, by model and bundle digest."""
 
@@ -168,10 +185,15 @@ class Metrics:
         self._active: Dict[str, Mapping[str, str]] = {}
         self.http_errors: Dict[int, int] = {}
         self.grpc_errors: Dict[str, int] = {}
+        self.followers: Dict[str, FollowMetrics] = {}
 
     def of_model(self, name: str, digest: str) -> ModelMetrics:
         """Counters of a model version; the same ones if that version was here before."""
         return self._models.setdefault((name, digest), ModelMetrics())
+
+    def of_follower(self, name: str) -> FollowMetrics:
+        """Counters of the model that follows a tag."""
+        return self.followers.setdefault(name, FollowMetrics())
 
     def activated(self, name: str, versions: Mapping[str, str]) -> None:
         """Note what serves, as versions by digest; the counters of versions long replaced are dropped."""

@@ -113,6 +113,7 @@ class _Collector:
         for name, digest, counters in versions:
             depth.add_metric([name, digest], counters.queue_depth)
         yield depth
+        yield from _followers(self._metrics)
         errors = CounterMetricFamily(
             "edgekit_http_errors", "Answers with an error status", labels=("status",)
         )
@@ -123,3 +124,26 @@ class _Collector:
         for code, count in sorted(self._metrics.grpc_errors.items()):
             failures.add_metric([code], count)
         yield failures
+
+
+def _followers(metrics: Metrics) -> Iterator[Any]:
+    """What the models that follow tags have to say."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    labels = ("model",)
+    success = GaugeMetricFamily(
+        "edgekit_follow_last_success_timestamp_seconds", "When the registry last answered", labels=labels
+    )
+    current = GaugeMetricFamily(
+        "edgekit_follow_up_to_date", "1 if what the tag points at is installed", labels=labels
+    )
+    failures = CounterMetricFamily(
+        "edgekit_follow_failures", "Looks at the registry that failed", labels=labels
+    )
+    received = CounterMetricFamily("edgekit_follow_downloaded_bytes", "Bytes of blobs fetched", labels=labels)
+    for name, counters in sorted(metrics.followers.items()):
+        success.add_metric([name], counters.last_success_s)
+        current.add_metric([name], counters.up_to_date)
+        failures.add_metric([name], counters.failures)
+        received.add_metric([name], counters.downloaded_bytes)
+    yield from (success, current, failures, received)

@@ -26,6 +26,7 @@ from device_agent.signature import Trust
 from device_agent.store import Store
 
 if TYPE_CHECKING:
+    from device_agent.follow.followers import Followers
     from device_agent.repository.repository import Repository, RepositorySettings
     from device_agent.server.grpc_server import GrpcServer
 
@@ -93,6 +94,7 @@ async def _serve(config: Config, store: Store, settings: Optional[RepositorySett
     await loop.run_in_executor(None, lifecycle.restore)
     if repository is not None:
         await repository.start()
+    followers = _start_following(config, lifecycle, metrics)
     control_server = await control.start(config.control_socket, lifecycle)
     service.ready = True
     doors = {
@@ -111,12 +113,16 @@ async def _serve(config: Config, store: Store, settings: Optional[RepositorySett
     _log.info("stopping: finishing accepted requests")
     service.ready = False
     control_server.close()
+    if followers is not None:
+        followers.stop()
     servers: List[Server] = [http] if grpc is None else [http, grpc]
     drained = await asyncio.gather(*(each.drain(config.limits.drain_timeout_s) for each in servers))
     complete = all(drained)
     await status.drain(1.0)
     await loop.run_in_executor(None, lifecycle.close)  # an update that runs is finished first
     await first_start
+    if followers is not None:
+        await loop.run_in_executor(None, followers.join, 2.0)
     await _retire_all(models)
     if repository is not None:
         repository.close()
@@ -130,6 +136,17 @@ def _open_repository(settings: Optional[RepositorySettings], models: Models) -> 
     from device_agent.repository.repository import Repository  # only where there is one
 
     return Repository(settings, models)
+
+
+def _start_following(config: Config, lifecycle: Lifecycle, metrics: Metrics) -> Optional[Followers]:
+    if not config.follow:
+        return None
+    from device_agent.follow.followers import Followers  # TLS and HTTP clients, only where they are needed
+
+    followers = Followers(config.follow, config.state_dir, lifecycle, metrics)
+    lifecycle.show_followers(followers.describe)
+    followers.start()
+    return followers
 
 
 async def _retire_all(models: Models) -> None:

@@ -227,13 +227,18 @@ class Store:
                 raise
         return True
 
-    def require_space(self, head: archive.Head) -> None:
+    def require_space(self, head: archive.Head, beside_bytes: int = 0) -> None:
         """Refuse before a byte is copied, rather than fill the disk.
+
+        Args:
+            head: of the bundle.
+            beside_bytes: what will be written to the same disk besides.
 
         Raises:
             Refused: the bundle does not fit, with some room to spare for what the store itself writes.
         """
         needed = head.size_bytes + _BLOCK_BYTES * (len(head.manifest.files) + 4) + _RESERVE_BYTES
+        needed += beside_bytes
         free = shutil.disk_usage(str(self._root)).free
         if free < needed:
             raise Refused(

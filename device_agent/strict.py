@@ -68,6 +68,10 @@ def _value(known: Field[Any], current: Any, value: Any, source: str, name: str) 
         if not isinstance(value, list):
             raise wrong_type(name, "a list of whole numbers", value, source)
         return tuple(_scalar("int", name, item, source) for item in value)
+    if known.type == "Tuple[str, ...]":
+        if not isinstance(value, list):
+            raise wrong_type(name, "a list of strings", value, source)
+        return tuple(_scalar("str", name, item, source) for item in value)
     return _scalar(str(known.type), name, value, source)
 
 

@@ -194,28 +194,43 @@ def _holds(path: Path, identity: str) -> bool:
 
 def _publish(staging: Path, manifest: Manifest, manifest_bytes: bytes, directory: Path) -> None:
     """Copy the bundle beside its place and swap it in."""
-    fresh, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
-    _remove(fresh, old)
+    fresh = directory.with_name(f".{directory.name}.new")
+    _remove(fresh)
     for entry in manifest.files:
         target = fresh / entry.path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(staging / entry.path, target)
     write_atomically(fresh / MANIFEST_NAME, manifest_bytes)
+    place(fresh, directory)
+
+
+def place(fresh: Path, directory: Path) -> None:
+    """Give a finished bundle's directory its place, on the same file system; a bundle there is replaced.
+
+    Raises:
+        BadInput: something is there that is not a bundle.
+    """
+    old = directory.with_name(f".{directory.name}.old")
+    _remove(old)
     if directory.exists():
-        _refuse_foreign(directory)
+        refuse_foreign(directory)
         directory.rename(old)
     fresh.rename(directory)
     _remove(old)
 
 
-def _remove(*directories: Path) -> None:
+def _remove(directory: Path) -> None:
     """Remove what an interrupted run may have left."""
-    for directory in directories:
-        if directory.exists():
-            shutil.rmtree(directory)
+    if directory.exists():
+        shutil.rmtree(directory)
 
 
-def _refuse_foreign(directory: Path) -> None:
+def refuse_foreign(directory: Path) -> None:
+    """Refuse to replace what is not a bundle.
+
+    Raises:
+        BadInput: it is none.
+    """
     if not (directory / MANIFEST_NAME).is_file():
         raise BadInput(
             f"{directory} is in the way",

@@ -309,6 +309,63 @@ def verify(bundle_path: Path, key: Path) -> None:
     click.echo(f"{bundle_path}: whole, and signed with the key {signer.fingerprint[:16]}")
 
 
+ca_file_option = click.option(
+    "--ca-file", type=path_argument, help="PEM certificates of the authorities to trust."
+)
+plain_http_option = click.option(
+    "--plain-http", is_flag=True, help="Without TLS, beyond loopback too; credentials are not sent so."
+)
+
+
+@cli.command()
+@click.argument("bundle_path", metavar="BUNDLE", type=path_argument)
+@click.argument("reference", metavar="oci://HOST/NAME:TAG")
+@ca_file_option
+@plain_http_option
+@json_option
+def push(bundle_path: Path, reference: str, ca_file: Path | None, plain_http: bool, as_json: bool) -> None:
+    """Push a bundle to an OCI registry; files that are there already are not sent."""
+    from dataclasses import asdict
+
+    from device_agent.oci.transport import Security
+    from edgekit import registry
+
+    pushed = registry.push(bundle_path, reference, Security(str(ca_file or ""), plain_http), _print_transfer)
+    if as_json:
+        _print_json(asdict(pushed))
+    else:
+        click.echo(pushed.reference)
+    if not pushed.signed:
+        click.echo("  not signed: devices refuse it unless they allow that; see `edgekit sign`", err=True)
+
+
+def _print_transfer(path: str, size_bytes: int, sent: bool) -> None:
+    click.echo(f"  {'sent' if sent else 'there':<6} {size_bytes:>12} {path}", err=True)
+
+
+@cli.command()
+@click.argument("reference", metavar="oci://HOST/NAME:TAG")
+@click.argument("directory", metavar="DIR", type=path_argument)
+@click.option("--key", type=path_argument, help="A public key that must have signed it, NAME.pub.")
+@ca_file_option
+@plain_http_option
+@json_option
+def pull(
+    reference: str, directory: Path, key: Path | None, ca_file: Path | None, plain_http: bool, as_json: bool
+) -> None:
+    """Pull a bundle from an OCI registry into DIR/NAME; an interrupted pull goes on where it ended."""
+    from dataclasses import asdict
+
+    from device_agent.oci.transport import Security
+    from edgekit import registry
+
+    pulled = registry.pull(reference, directory, Security(str(ca_file or ""), plain_http), key)
+    if as_json:
+        _print_json({**asdict(pulled), "directory": str(pulled.directory)})
+    else:
+        click.echo(f"{pulled.directory}: {pulled.digest[:12]} from {pulled.reference}")
+
+
 @cli.command("export-triton")
 @click.argument("bundle_path", metavar="BUNDLE", type=path_argument)
 @click.argument("repository", metavar="DIR", type=path_argument)
