@@ -75,7 +75,7 @@ class Lifecycle:
 
     # Operations
 
-    def preflight(self, head: archive.Head, download_bytes: int) -> Signer:
+    def preflight(self, head: archive.Head, download_bytes: int) -> None:
         """What ``install`` would refuse before it stores a byte, before a byte is even fetched.
 
         Args:
@@ -86,9 +86,8 @@ class Lifecycle:
             TrustError: it is not trusted.
             Refused: it is older than what was committed (DowngradeError), or there is no space for it.
         """
-        signer = self._admission.admit(head)
+        self._admission.admit(head)
         self._store.require_space(head, download_bytes)
-        return signer
 
     def install(
         self,
