@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urljoin
 
+from device_agent import keys, signature
 from device_agent import manifest as manifest_module
-from device_agent import signature
 from device_agent.errors import AgentError
 from device_agent.oci import assembly
 from device_agent.oci import reference as references
@@ -134,7 +134,7 @@ def pull(source: str, out: Path, security: Security, key: Path | None = None) ->
         head = assembly.fetch_head(repository, pinned.digest)
         signer = ""
         if key is not None:
-            signer = signature.authenticate(head, [signature.load_public_key(key)]).fingerprint
+            signer = signature.authenticate(head, [keys.load_public_key(key)]).fingerprint
         directory, work = out / head.manifest.name, out / f".{head.manifest.name}.pull"
         if directory.exists():
             refuse_foreign(directory)
