@@ -111,6 +111,8 @@ class Limits:
             second.
         idle_timeout_s: how long a connection may stay open without a request.
         drain_timeout_s: how long a stopping agent waits for the requests that it accepted.
+        load_timeout_s: how long the service manager is asked to wait, at the start for one model more to
+            serve, and at the stop for an update to end.
         memory_reserve_bytes: what an update must leave free to load a version beside the one that serves;
             where it cannot, the old one is stopped first.
         max_upload_bytes: of all models together that came inside load requests.
@@ -122,6 +124,7 @@ class Limits:
     header_timeout_s: float = 10.0
     idle_timeout_s: float = 75.0
     drain_timeout_s: float = 30.0
+    load_timeout_s: float = 900.0
     memory_reserve_bytes: int = 64 * 1024 * 1024
     max_upload_bytes: int = 256 * 1024 * 1024
 
@@ -136,7 +139,8 @@ class ModelConfig:
         numa_node: the node that the model's memory comes from, and its cores where ``cpus`` names none; -1:
             any.
         isolate: run the engine in a process of its own, whose crash the agent survives.
-        run_timeout_s: an isolated engine that takes longer for one run is ended and started again.
+        run_timeout_s: an isolated engine that takes longer for one run is ended and started again; without
+            ``isolate`` that is the whole agent, by the watchdog of its service manager.
         slo_ms: within which a request should be answered; one that cannot be is refused with 503. 0: no
             objective.
         weight: the model's share of the engine where several want it, relative to the others'.

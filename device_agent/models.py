@@ -81,6 +81,7 @@ class Models:
         self._repository_names: Set[str] = set()
         self._pauses: Dict[str, SwapPlan] = {}
         self._shares = Shares(config.concurrent_runs)
+        self._retiring: List[LoadedModel] = []
 
     def prepare(self, directory: Path, manifest: Manifest, digest: str) -> LoadedModel:
         """Open the engine of an unpacked bundle, self-test it and warm it up. Blocks; changes nothing.
@@ -226,7 +227,9 @@ class Models:
 
     async def retire(self, loaded: LoadedModel) -> None:
         """Let a replaced version finish what it accepted, then free it."""
+        self._retiring.append(loaded)
         await loaded.batcher.drain()
+        self._retiring = [other for other in self._retiring if other is not loaded]
         loaded.batcher.close()
         # Freeing a large model takes milliseconds, which the requests of others must not wait for.
         await asyncio.get_running_loop().run_in_executor(None, _close, loaded.engine)
@@ -249,6 +252,18 @@ class Models:
     def serving(self) -> List[LoadedModel]:
         """Every serving version, by name."""
         return [loaded for name in sorted(self._serving) for loaded in self._serving[name]]
+
+    def hung(self) -> str:
+        """Which engine's run takes longer than ``run_timeout_s``; empty: none.
+
+        Versions that are being retired are looked at too: their engines hold memory and the device.
+        """
+        for loaded in (*self.serving(), *self._retiring):
+            name = loaded.manifest.name
+            timeout_s = self._config.of_model(name).run_timeout_s
+            if loaded.batcher.running_s > timeout_s:
+                return f"a run of {name} {loaded.version} takes longer than {timeout_s:g} s"
+        return ""
 
     def _engine_settings(self, name: str) -> EngineSettings:
         model = self._config.of_model(name)

@@ -65,6 +65,11 @@ class Batcher:
         """The id of the model's own thread in the system; 0: it has not been needed yet."""
         return 0 if self._thread is None else self._thread.native_id
 
+    @property
+    def running_s(self) -> float:
+        """How long the run on the model's own thread has taken until now; 0: there is none."""
+        return 0.0 if self._thread is None else self._thread.running_s
+
     def submit(self, job: Job) -> None:
         """Queue a job.
 

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from queue import SimpleQueue
-from typing import Callable, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Protocol
 
 import numpy as np
 
@@ -17,6 +17,35 @@ from device_agent.engines.base import Engine, EngineError, EngineUnavailable
 from device_agent.errors import Refused
 
 _log = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """What runs a batch: an engine."""
+
+    def run(self, inputs: Arrays) -> Dict[str, np.ndarray[Any, Any]]:
+        """See :meth:`device_agent.engines.base.Engine.run`."""
+
+
+class TimedRunner:
+    """An engine whose run can be seen, from another thread, to take too long."""
+
+    def __init__(self, engine: Runner) -> None:
+        self._engine = engine
+        self._started_s: Optional[float] = None
+
+    def run(self, inputs: Arrays) -> Dict[str, np.ndarray[Any, Any]]:
+        """See :meth:`device_agent.engines.base.Engine.run`."""
+        self._started_s = time.monotonic()
+        try:
+            return self._engine.run(inputs)
+        finally:
+            self._started_s = None
+
+    @property
+    def running_s(self) -> float:
+        """How long the run that is under way has taken until now; 0: none is."""
+        started_s = self._started_s
+        return 0.0 if started_s is None else time.monotonic() - started_s
 
 
 class EngineThread:
@@ -29,7 +58,7 @@ class EngineThread:
         on_finished: Callable[[List[Job]], None],
         placement: Placement = ANYWHERE,
     ) -> None:
-        self._engine = engine
+        self._engine = TimedRunner(engine)
         self._loop = loop
         self._on_finished = on_finished
         self._placement = placement
@@ -51,6 +80,11 @@ class EngineThread:
         """The thread's id in the system."""
         return self._thread.native_id or 0
 
+    @property
+    def running_s(self) -> float:
+        """How long the engine's run that is under way has taken until now; 0: none is."""
+        return self._engine.running_s
+
     def _serve(self) -> None:
         try:
             place_thread(self._placement)
@@ -64,7 +98,7 @@ class EngineThread:
                 return  # the loop has ended without waiting for this batch: nobody is left to tell
 
 
-def execute(engine: Engine, batch: List[Job]) -> None:
+def execute(engine: Runner, batch: List[Job]) -> None:
     """Run a batch and set ``outputs`` or ``error`` of every job.
 
     A failing batch is halved until the request that fails stands alone, so the others are still answered;
@@ -84,7 +118,7 @@ def execute(engine: Engine, batch: List[Job]) -> None:
         _stamp(batch, started_s)
 
 
-def _isolate(engine: Engine, batch: List[Job], error: EngineError, started_s: float) -> None:
+def _isolate(engine: Runner, batch: List[Job], error: EngineError, started_s: float) -> None:
     if len(batch) == 1 or isinstance(error, EngineUnavailable):
         for job in batch:
             job.error = error

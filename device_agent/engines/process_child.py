@@ -63,6 +63,8 @@ class EngineProcess:
                     [sys.executable, "-m", "device_agent.engines.worker", *numbers],
                     stdin=subprocess.DEVNULL,
                     pass_fds=inherited,
+                    # The agent may be where Python does not search by itself.
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 )
         except OSError as error:
             raise Refused(

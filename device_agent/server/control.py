@@ -25,7 +25,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 from device_agent.errors import AgentError, BadInput, Refused
 from device_agent.lifecycle import Lifecycle
-from device_agent.server.unix_socket import bind
+from device_agent.server.unix_socket import bind, unlinked
 
 MAX_LINE_BYTES = 64 * 1024
 
@@ -33,20 +33,28 @@ _log = logging.getLogger(__name__)
 _Handler = Callable[[Lifecycle, "_Arguments", Callable[[str], None]], Any]
 
 
-async def start(path: Path, lifecycle: Lifecycle) -> asyncio.AbstractServer:
+async def start(
+    path: Path, lifecycle: Lifecycle, passed: Optional[socket.socket] = None
+) -> asyncio.AbstractServer:
     """Answer on the Unix socket ``path``, and make the lifecycle's switches on the running loop.
 
     The socket has mode 0600 from the moment it exists; a missing parent directory is created with 0700; a
     socket that no process listens on is replaced.
 
+    Args:
+        path: where the socket is made.
+        lifecycle: what is administered.
+        passed: a socket that the service manager opened and keeps open, in the place of ``path``.
+
     Raises:
         Refused: another agent answers there.
         BadInput: something else than a socket is in the way, or the path cannot be used.
     """
-    listener = bind(path, 0o600, "control_socket")
+    listener = passed or bind(path, 0o600, "control_socket")
     lifecycle.bind(asyncio.get_running_loop())
     connections = _Connections(lifecycle)
-    return await asyncio.start_unix_server(connections.serve, sock=listener, limit=MAX_LINE_BYTES)
+    kept = unlinked(passed is not None)
+    return await asyncio.start_unix_server(connections.serve, sock=listener, limit=MAX_LINE_BYTES, **kept)
 
 
 def request(path: Path, message: Mapping[str, Any], on_state: Callable[[str], None]) -> Any:

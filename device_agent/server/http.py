@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from pathlib import Path
 from typing import Callable, List, Optional, Set
@@ -10,8 +11,9 @@ from typing import Callable, List, Optional, Set
 from device_agent.config import Address, Limits
 from device_agent.server.connection import Connection
 from device_agent.server.request import Request
-from device_agent.server.unix_socket import bind
+from device_agent.server.unix_socket import bind, serve
 
+_BACKLOG = 1024
 _SWEEP_S = 0.5
 _DRAIN_GRACE_S = 0.25  # a request that is already on its way to an idle connection gets its answer
 _DRAIN_FLUSH_S = 1.0  # for clients to read their answers, and to finish sending what they have begun
@@ -36,7 +38,7 @@ class HttpServer:
         self.count_error = count_error
         self.draining = False
         self.connections: Set[Connection] = set()
-        self._servers: List[asyncio.AbstractServer] = []
+        self._servers: List[asyncio.Server] = []
         self._unix: Optional[Path] = None
         self._sweeper: Optional[asyncio.TimerHandle] = None
 
@@ -50,10 +52,22 @@ class HttpServer:
             OSError: the address is taken, or not this machine's.
         """
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: Connection(self), address.host, address.port, backlog=1024)
+        server = await loop.create_server(
+            lambda: Connection(self), address.host, address.port, backlog=_BACKLOG
+        )
         self._serve_with(server)
         host, port = server.sockets[0].getsockname()[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    async def start_on(self, listener: socket.socket) -> None:
+        """Serve a socket, TCP or Unix, that the service manager opened and keeps open after the agent."""
+        if listener.family == socket.AF_UNIX:
+            self._serve_with(await serve(lambda: Connection(self), listener, keep=True))
+        else:
+            loop = asyncio.get_running_loop()
+            self._serve_with(
+                await loop.create_server(lambda: Connection(self), sock=listener, backlog=_BACKLOG)
+            )
 
     async def start_unix(self, path: Path, mode: int) -> None:
         """Listen on a Unix-domain socket too, as :func:`device_agent.server.unix_socket.bind` makes it.
@@ -63,12 +77,10 @@ class HttpServer:
             BadInput: the path cannot be used.
         """
         listener = bind(path, mode, "http.unix")
-        loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(lambda: Connection(self), sock=listener, backlog=1024)
-        self._serve_with(server)
+        self._serve_with(await serve(lambda: Connection(self), listener))
         self._unix = path
 
-    def _serve_with(self, server: asyncio.AbstractServer) -> None:
+    def _serve_with(self, server: asyncio.Server) -> None:
         self._servers.append(server)
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
@@ -85,8 +97,7 @@ class HttpServer:
         await asyncio.sleep(0)  # accept what the kernel has already connected
         if self._unix is not None:
             self._unix.unlink(missing_ok=True)  # before it closes: a later one there is another agent's
-        for server in self._servers:
-            server.close()
+        await self._stop_accepting()
         self.draining = True
         now_s = started_s = answered_s = time.monotonic()
         while self.connections and now_s - started_s < timeout_s and now_s - answered_s < _DRAIN_FLUSH_S:
@@ -102,6 +113,21 @@ class HttpServer:
         if self._sweeper is not None:
             self._sweeper.cancel()
         return complete
+
+    async def _stop_accepting(self) -> None:
+        """Close the listeners, and lose nothing that they have accepted.
+
+        asyncio makes a connection's transport one turn of the loop after it was accepted, and drops it where
+        the server has been closed in between.
+        """
+        loop = asyncio.get_running_loop()
+        for server in self._servers:
+            for listener in server.sockets:
+                loop.remove_reader(listener.fileno())
+        await asyncio.sleep(0)
+        for server in self._servers:
+            server.close()
+        await asyncio.sleep(_DRAIN_POLL_S)  # until they are among the connections
 
     def _owes_answers(self) -> bool:
         return any(connection.owes_answer for connection in self.connections)

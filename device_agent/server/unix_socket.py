@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import stat
+import sys
 from pathlib import Path
+from typing import Any, Callable, Dict
 
 from device_agent.errors import BadInput, Refused
+
+_BACKLOG = 1024
 
 
 def bind(path: Path, mode: int, key: str) -> socket.socket:
@@ -45,6 +50,25 @@ def bind(path: Path, mode: int, key: str) -> socket.socket:
             f"set {key} in the agent's configuration to a path that it may write",
         ) from error
     return listener
+
+
+async def serve(
+    protocol: Callable[[], asyncio.BaseProtocol], listener: socket.socket, *, keep: bool = False
+) -> asyncio.Server:
+    """Listen on a Unix socket.
+
+    Args:
+        protocol: makes one for each connection.
+        listener: the socket.
+        keep: leave its file where it is when the server closes.
+    """
+    loop = asyncio.get_running_loop()
+    return await loop.create_unix_server(protocol, sock=listener, backlog=_BACKLOG, **unlinked(keep))
+
+
+def unlinked(keep: bool) -> Dict[str, Any]:
+    """How asyncio is told to ``keep`` a Unix socket's file: Python 3.13 and later remove it by themselves."""
+    return {"cleanup_socket": False} if keep and sys.version_info >= (3, 13) else {}
 
 
 def _remove_stale(path: Path, key: str) -> None:

@@ -199,9 +199,16 @@ _SERVE = "import sys; from device_agent.cli import main; sys.exit(main())"
 
 
 class AgentProcess:
-    """``edgekit-agent serve`` as a child process, on free ports."""
+    """``edgekit-agent serve`` as a child process, on free ports.
+
+    Attributes:
+        launcher: a command that starts the command that it is given.
+        passed: descriptors that the launcher inherits.
+    """
 
     def __init__(self, root: Path, settings: str = "", arguments: Sequence[str] = ()) -> None:
+        self.launcher: Sequence[str] = ()
+        self.passed: Sequence[int] = ()
         self._arguments = arguments
         self.control = root / "control.sock"
         self.log_path = root / "agent.log"
@@ -215,15 +222,17 @@ class AgentProcess:
             + "\n[metrics]\nport = 0\n"
         )
         (root / "keys").mkdir(exist_ok=True)
-        self._config = config
+        self.config = config
         self.process: subprocess.Popen[bytes] = None  # type: ignore[assignment]  # set by start
         self.http = self.metrics = ""
 
     def start(self) -> AgentProcess:
         """Start, and return when it serves."""
         with self.log_path.open("wb") as log:
+            command = [sys.executable, "-c", _SERVE, "serve", "--config", str(self.config), *self._arguments]
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _SERVE, "serve", "--config", str(self._config), *self._arguments],
+                [*self.launcher, *command],
+                pass_fds=self.passed,
                 stderr=log,
                 stdout=log,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -26,21 +26,6 @@ def test_an_agent_without_models_is_ready(start_agent: Start) -> None:
     assert agent.stop() == 0
 
 
-def test_the_service_manager_is_told(
-    start_agent: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """READY=1 is sent when the doors are open, STOPPING=1 when they close."""
-    path = tmp_path / "notify.sock"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
-        receiver.bind(str(path))
-        receiver.settimeout(20)
-        monkeypatch.setenv("NOTIFY_SOCKET", str(path))
-        agent = start_agent()
-        assert receiver.recv(100) == b"READY=1"
-        agent.stop()
-        assert receiver.recv(100) == b"STOPPING=1"
-
-
 def test_a_stop_under_load_loses_nothing(start_agent: Start, tmp_path: Path) -> None:
     """Clients that keep asking get an answer to every request until their connection is closed."""
     agent = start_agent(linear_bundle(tmp_path / "b"))
