@@ -13,7 +13,10 @@ from typing import List
 
 from device_agent.config import Config
 from device_agent.errors import BadInput
+from device_agent.keyring import KeyRing
 from device_agent.keys import key_files, load_public_key
+from device_agent.signature import Trust
+from device_agent.trust_store import TrustStore
 
 _MIN_PYTHON = (3, 8)
 _MIN_FREE_BYTES = 256 * 1024 * 1024
@@ -82,15 +85,23 @@ def _memory() -> Finding:
 
 
 def _keys(config: Config) -> Finding:
-    usable, broken = [], []
-    for path in key_files(config.keys_dir):
-        try:
-            usable.append(load_public_key(path).name)
-        except BadInput:
-            broken.append(path.name)
-    detail = f"{config.keys_dir}: trusted keys: {', '.join(usable) or 'none'}"
+    broken = [path.name for path in key_files(config.keys_dir) if not _is_usable(path)]
+    ring = Trust(config.keys_dir, rotations=TrustStore(config.state_dir / "trust").rotations).keyring()
+    detail = f"{config.keys_dir}: trusted keys: {', '.join(_names(ring)) or 'none'}"
     if broken:
         detail += f"; unusable: {', '.join(broken)}"
     if config.allow_unsigned:
         return Finding("keys", "warning", f"{detail}; unsigned bundles are let in")
-    return Finding("keys", "ok" if usable and not broken else "warning", detail)
+    return Finding("keys", "ok" if ring.usable() and not broken else "warning", detail)
+
+
+def _is_usable(path: Path) -> bool:
+    try:
+        load_public_key(path)
+    except BadInput:
+        return False
+    return True
+
+
+def _names(ring: KeyRing) -> List[str]:
+    return [f"{key.public.name} (retired)" if key.retired else key.public.name for key in ring.keys.values()]

@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     install = add("install", _install, "verify a bundle, self-test it and switch to it")
     install.add_argument("bundle", type=Path, help="a bundle's directory or .edgekit file")
     install.add_argument("--no-activate", action="store_true", help="only store it")
+    install.add_argument(
+        "--allow-downgrade", action="store_true", help="take it though a newer version was committed here"
+    )
     add("list", _list, "list the installed versions")
     activate = add("activate", _activate, "serve an installed version")
     activate.add_argument("digest", help="its digest, or at least the first six characters")
@@ -81,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     rollback.add_argument("name", nargs="?", help="the model; needed where there are several")
     remove = add("remove", _remove, "remove an installed version that is not active")
     remove.add_argument("digest", help="its digest, or at least the first six characters")
-    add("status", _status, "show what serves and how the last operation ended")
+    trust = add("trust", _trust, "take a rotation document, or show the keys that count")
+    trust.add_argument("document", type=Path, nargs="?", help="what `edgekit rotate-key` wrote")
+    add("status", _status, "show what serves, how the last operation ended, and the keys that count")
     add("check", _check, "can this device serve?")
     return parser
 
@@ -132,8 +137,13 @@ def _repository(options: argparse.Namespace, config: Config) -> Optional[Reposit
 
 
 def _install(options: argparse.Namespace) -> int:
-    bundle = str(options.bundle.absolute())
-    result = _ask(options, {"op": "install", "bundle": bundle, "activate": not options.no_activate})
+    message = {
+        "op": "install",
+        "bundle": str(options.bundle.absolute()),
+        "activate": not options.no_activate,
+        "allow_downgrade": options.allow_downgrade,
+    }
+    result = _ask(options, message)
     _print(options, result, _changed(result))
     return 0
 
@@ -156,6 +166,20 @@ def _remove(options: argparse.Namespace) -> int:
     return 0
 
 
+def _trust(options: argparse.Namespace) -> int:
+    if options.document is None:
+        keys = _ask(options, {"op": "keys"})
+        _print(options, keys, _key_lines(keys))
+        return 0
+    from device_agent import rotation
+
+    result = _ask(options, {"op": "trust", "document": rotation.read_text(options.document)})
+    lines = [f"trusted: {result['name']} {result['fingerprint'][:16]}"]
+    lines += [f"retired: {', '.join(result['retired'])}"] if result["retired"] else []
+    _print(options, result, lines)
+    return 0
+
+
 def _list(options: argparse.Namespace) -> int:
     versions = _ask(options, {"op": "list"})
     _print(options, versions, [_version_line(version) for version in versions])
@@ -164,7 +188,8 @@ def _list(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     models = _ask(options, {"op": "status"})
-    _print(options, models, [line for model in models for line in _model_lines(model)])
+    lines = [line for model in models for line in _model_lines(model)]
+    _print(options, models, lines if options.json else [*lines, *_key_lines(_ask(options, {"op": "keys"}))])
     return 0
 
 
@@ -276,6 +301,16 @@ def _model_lines(model: Mapping[str, Any]) -> List[str]:
         )
         lines.append(f"  last: {last['operation']} {last['digest'][:12]}: {outcome}")
     return lines
+
+
+def _key_lines(keys: List[Mapping[str, Any]]) -> List[str]:
+    names = {key["fingerprint"]: key["name"] for key in keys}
+    return [
+        f"key {key['name']} {key['fingerprint'][:16]}"
+        + (f" named by {names.get(key['added_by'], key['added_by'][:16])}" if key["added_by"] else "")
+        + (" retired" if key["retired"] else "")
+        for key in keys
+    ] or ["no trusted keys"]
 
 
 def _engine_line(engine: Mapping[str, Any]) -> str:

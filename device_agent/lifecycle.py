@@ -189,7 +189,7 @@ class Lifecycle:
         with self._turn():
             return self._admission.rotate(document)
 
-    def keys(self) -> List[Dict[str, Any]]:
+    def trusted_keys(self) -> List[Dict[str, Any]]:
         """Describe every key that signs, or signed once."""
         return self._admission.keys()
 

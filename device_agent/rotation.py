@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict
 
 from device_agent import envelope
@@ -103,6 +104,26 @@ def parse(data: bytes) -> Rotation:
     if not 1 <= serial <= MAX_SERIAL or not valid_name(added.name):
         raise _unreadable("its serial or the new key's name is out of bounds")
     return Rotation(added, serial, retires_older, sealed)
+
+
+def read_text(path: Path) -> str:
+    """Read the file that ``edgekit rotate-key`` wrote, as it is sent to the agent.
+
+    Raises:
+        BadInput: it cannot be read.
+        TrustError: it is no rotation document.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_DOCUMENT_BYTES + 1)
+    except OSError as error:
+        raise BadInput(
+            f"{path} cannot be read",
+            error.strerror or str(error),
+            "give the file that `edgekit rotate-key` wrote",
+        ) from error
+    parse(data)
+    return data.decode("utf-8")
 
 
 def _statement(added: PublicKey, serial: int, retires_older: bool) -> Dict[str, Any]:

@@ -70,6 +70,8 @@ async def _serve(
     loop = asyncio.get_running_loop()
     passed = activation.take(os.environ)
     activation.refuse_remote(passed)
+    if config.allow_unsigned:
+        _log.warning("allow_unsigned is set: anyone who can hand this device a bundle decides what it serves")
     metrics = Metrics()
     models = Models(config, metrics)
     lifecycle = Lifecycle(store, Trust(config.keys_dir, config.allow_unsigned), models)

@@ -309,6 +309,20 @@ def verify(bundle_path: Path, key: Path) -> None:
     click.echo(f"{bundle_path}: whole, and signed with the key {signer.fingerprint[:16]}")
 
 
+@cli.command("rotate-key")
+@click.argument("out", type=path_argument)
+@click.option("--old", required=True, type=path_argument, help="The private key that devices trust, OLD.key.")
+@click.option("--new", required=True, type=path_argument, help="The public key to trust, NEW.pub.")
+@click.option("--retire", is_flag=True, help="Let the new key be the only one that signs from then on.")
+@click.option("--serial", type=int, help="Rises from document to document; default: the time in seconds.")
+def rotate_key(out: Path, old: Path, new: Path, retire: bool, serial: int | None) -> None:
+    """Write a document that tells devices to trust a new key; they take it with `edgekit-agent trust`."""
+    from edgekit import sign as signing
+
+    rotated = signing.rotate(old, new, out, retire=retire, serial=serial)
+    click.echo(f"{out}: serial {rotated.serial}, names the key {rotated.added.fingerprint[:16]}")
+
+
 ca_file_option = click.option(
     "--ca-file", type=path_argument, help="PEM certificates of the authorities to trust."
 )

@@ -1,4 +1,4 @@
-"""Make keys, sign bundles and verify them, in both forms.
+"""Make keys and name their successors; sign bundles and verify them, in both forms.
 
 The signature format is OpenSSF Model Signing (see ``device_agent.signature``); keys are P-256 in PEM.
 """
@@ -6,10 +6,11 @@ The signature format is OpenSSF Model Signing (see ``device_agent.signature``); 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from device_agent import archive, keys, signature
+from device_agent import archive, keys, rotation, signature
 from device_agent.manifest import SIGNATURE_NAME
 from edgekit.bundle import bundle_errors, open_bundle, write_atomically
 from edgekit.errors import BadInput
@@ -92,6 +93,40 @@ def verify(bundle: Path, key: Path) -> signature.Signer:
         signer = signature.authenticate(archive.read_head(bundle), [keys.load_public_key(key)])
     with open_bundle(bundle):
         return signer
+
+
+def rotate(old: Path, new: Path, out: Path, *, retire: bool, serial: int | None = None) -> rotation.Rotation:
+    """Write a rotation document: devices that trust ``old`` trust ``new`` from then on.
+
+    Args:
+        old: the private key that devices trust now, in PEM.
+        new: the public key that they shall trust.
+        out: the document; a file that is there is replaced.
+        retire: whether ``old``, and every other key that rotations connect with it, signs nothing new then.
+        serial: has to be above that of every document before; None: the seconds since 1970, by this host's
+            clock.
+
+    Raises:
+        BadInput: a key is not usable, both are one pair, or the document cannot be written.
+    """
+    private_key = _load_private_key(old)
+    with bundle_errors():
+        added = keys.load_public_key(new)
+    if keys.fingerprint(private_key.public_key()) == added.fingerprint:
+        raise BadInput(
+            f"{new} is the public half of {old}",
+            "a rotation names another key",
+            "make one with `edgekit keygen NAME`",
+        )
+    with bundle_errors():
+        document = rotation.make(added, int(time.time()) if serial is None else serial, retire, private_key)
+    try:
+        write_atomically(out, document)
+    except OSError as error:
+        raise BadInput(
+            f"{out} cannot be written", error.strerror or str(error), "choose another place"
+        ) from error
+    return rotation.parse(document)
 
 
 def _load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:

@@ -164,7 +164,7 @@ def _trust(lifecycle: Lifecycle, arguments: _Arguments, on_state: Callable[[str]
 
 def _keys(lifecycle: Lifecycle, arguments: _Arguments, on_state: Callable[[str], None]) -> Any:
     arguments.end()
-    return lifecycle.keys()
+    return lifecycle.trusted_keys()
 
 
 def _list(lifecycle: Lifecycle, arguments: _Arguments, on_state: Callable[[str], None]) -> Any:

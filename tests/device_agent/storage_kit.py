@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from device_agent import archive, signature
+from device_agent import archive, keys, rotation, signature
 from device_agent.errors import Refused
 from device_agent.manifest import (
     MANIFEST_NAME,
@@ -146,3 +146,13 @@ class FakeModels:
     def get(self, name: str) -> Any:
         """What serves."""
         return self.serving.get(name)
+
+
+def public_of(key: Any, name: str) -> keys.PublicKey:
+    """The public half of a private key."""
+    return keys.public_key(name, key.public_key())
+
+
+def rotation_to(new: Any, signer: Any, serial: int, name: str = "next", retire: bool = False) -> bytes:
+    """A rotation document that names the key ``new``."""
+    return rotation.make(public_of(new, name), serial, retire, signer)

@@ -7,12 +7,16 @@ import stat
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from device_agent import archive, rotation
+from device_agent.errors import TrustError
 from device_agent.manifest import Contract, Golden, Manifest, TensorSpec, Tolerance
 from device_agent.signature import Trust
 from edgekit import bundle, sign
+from edgekit.cli import cli
 from edgekit.errors import BadInput
 
 
@@ -119,3 +123,50 @@ def test_unusable_keys_are_explained(tmp_path: Path, packed: bundle.Bundle) -> N
     with pytest.raises(BadInput, match="is not a public key"):
         sign.verify(packed.directory, tmp_path / "release.key")
     assert not (packed.directory / "model.sig").exists()
+
+
+def test_a_rotation_is_what_devices_take(tmp_path: Path, packed: bundle.Bundle) -> None:
+    """A key that devices trust names the next one; what that signs is let in, the old key's no more."""
+    old_private, old_public = sign.keygen(tmp_path / "keys" / "release")
+    private, public = sign.keygen(tmp_path / "release-2")
+    rotated = sign.rotate(old_private, public, tmp_path / "rotation.json", retire=True)
+    assert (rotated.added.name, rotated.retires_older) == ("release-2", True)
+    document = (tmp_path / "rotation.json").read_bytes()
+    trust = Trust(old_public.parent, rotations=lambda: [document])
+    sign.sign(packed.directory, private)
+    assert trust.authenticate(archive.read_head(packed.directory)).name == "release-2"
+    sign.sign(packed.directory, old_private)
+    with pytest.raises(TrustError, match="retired key"):
+        trust.authenticate(archive.read_head(packed.directory))
+
+
+def test_serials_rise_by_themselves_or_are_given(tmp_path: Path) -> None:
+    """The host's clock gives the serial, unless the user does; one out of bounds is bad input."""
+    private, _ = sign.keygen(tmp_path / "release")
+    _, public = sign.keygen(tmp_path / "next")
+    assert sign.rotate(private, public, tmp_path / "r", retire=False).serial > 1_700_000_000
+    assert sign.rotate(private, public, tmp_path / "r", retire=False, serial=7).serial == 7
+    with pytest.raises(BadInput, match="out of bounds"):
+        sign.rotate(private, public, tmp_path / "r", retire=False, serial=0)
+
+
+def test_a_rotation_needs_two_pairs_and_a_place(tmp_path: Path) -> None:
+    """A key cannot name itself; a private key in the place of a public one, or no directory, is bad input."""
+    private, public = sign.keygen(tmp_path / "release")
+    other, other_public = sign.keygen(tmp_path / "next")
+    with pytest.raises(BadInput, match="public half"):
+        sign.rotate(private, public, tmp_path / "r", retire=False)
+    with pytest.raises(BadInput, match="not a public key"):
+        sign.rotate(private, other, tmp_path / "r", retire=False)
+    with pytest.raises(BadInput, match="cannot be written"):
+        sign.rotate(private, other_public, tmp_path / "nowhere" / "r", retire=False)
+
+
+def test_the_command_writes_a_rotation(tmp_path: Path) -> None:
+    """``edgekit rotate-key`` says which key it names, and under which serial."""
+    private, _ = sign.keygen(tmp_path / "release")
+    _, public = sign.keygen(tmp_path / "next")
+    options = ["--old", str(private), "--new", str(public), "--serial", "3", "--retire"]
+    result = CliRunner().invoke(cli, ["rotate-key", str(tmp_path / "r"), *options])
+    assert (result.exit_code, "serial 3" in result.output) == (0, True)
+    assert rotation.parse((tmp_path / "r").read_bytes()).retires_older
