@@ -242,7 +242,7 @@ def _act(config: Config, message: Mapping[str, Any]) -> Any:
 
     trust = Trust(config.keys_dir, config.allow_unsigned)
     with Store(config.state_dir) as store:
-        lifecycle = Lifecycle(store, trust, Models(config, Metrics()))
+        lifecycle = Lifecycle(store, trust, Models(config, Metrics()), config.timeouts)
         if config.follow:
             from device_agent.follow import report
 

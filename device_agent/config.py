@@ -27,6 +27,12 @@ mistake never silently leaves a default in place.
     [limits]
     max_body_bytes = 67108864
 
+    [probation]                       # of a new version, before it is committed
+    duration_s = 10                   # 0: it is committed at once
+
+    [timeouts]                        # of the steps of an update
+    prepare_s = 900
+
     [models.NAME]                     # settings of one model, by its name
     slo_ms = 50
     threads = 1
@@ -47,9 +53,12 @@ from typing import Mapping, Optional
 
 from device_agent.affinity import parse_cpus
 from device_agent.batching.settings import Batching, problems
+from device_agent.bounded import Timeouts
 from device_agent.errors import BadInput
 from device_agent.follow.settings import Follow
 from device_agent.follow.settings import problems as follow_problems
+from device_agent.probation.settings import ProbationSettings
+from device_agent.probation.settings import problems as probation_problems
 from device_agent.strict import fill as _fill
 from device_agent.strict import wrong_type as _wrong_type
 
@@ -173,6 +182,8 @@ class Config:
         metrics: where ``/metrics`` and the status page are served.
         threads: threads that one inference may use; 0: as many as the machine has cores.
         batching: how requests are put together.
+        probation: when a new version has proven itself.
+        timeouts: of the steps of an update.
         concurrent_runs: engines that may run at the same time; 0: as many as find cores of their own.
         models: settings of single models, by name.
         follow: tags in registries that models follow, by the model's name.
@@ -187,6 +198,8 @@ class Config:
     metrics: Address = Address(port=8002)
     limits: Limits = field(default_factory=Limits)
     batching: Batching = field(default_factory=Batching)
+    probation: ProbationSettings = field(default_factory=ProbationSettings)
+    timeouts: Timeouts = field(default_factory=Timeouts)
     threads: int = 0
     concurrent_runs: int = 0
     models: Mapping[str, ModelConfig] = field(default_factory=dict, metadata={"entries": ModelConfig()})
@@ -243,8 +256,11 @@ def _check(config: Config, source: str) -> None:
         raise _wrong_type("http.unix_mode", "permissions such as 0o660", config.http.unix_mode, source)
     _check_address(config.grpc, "grpc", source)
     _check_address(config.metrics, "metrics", source)
-    limits = config.limits
-    positive = {f"limits.{f.name}": getattr(limits, f.name) for f in fields(limits)}
+    positive = {
+        f"{table}.{f.name}": getattr(settings, f.name)
+        for table, settings in (("limits", config.limits), ("timeouts", config.timeouts))
+        for f in fields(settings)
+    }
     for name, value in positive.items():
         if not 0 < value < float("inf"):
             raise _wrong_type(name, "a number above zero", value, source)
@@ -254,6 +270,8 @@ def _check(config: Config, source: str) -> None:
     }.items():
         if value < 0:
             raise _wrong_type(name, "zero or more", value, source)
+    for key, expected in probation_problems(config.probation):
+        raise _wrong_type(f"probation.{key}", expected, getattr(config.probation, key), source)
     _check_batching(config.batching, "batching", source)
     for name, model in config.models.items():
         _check_model(model, f"models.{name}", source)

@@ -1,20 +1,26 @@
-"""The journal of one operation on a model: which state it reached, and why it went no further.
+"""The journal of the operations on a model: which state each reached, and why it went no further.
 
-``journal.json`` holds the last operation on each model. It never decides what a device serves
-(``state.json`` does); it tells a person what happened, and the next start what to clean up.
+``journal.json`` holds the last operation on each model, and how those before it ended. It never decides what
+a device serves (``state.json`` does); it tells a person what happened, and the next start what to clean up
+and which version is on probation.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
-from typing import Callable, Dict, Optional
+from typing import Any, Callable, Dict, List, Mapping, Optional
 
 from device_agent.errors import AgentError, Refused
 from device_agent.store import Store
 
-STATES = ("received", "verified", "staged", "prepared", "selftested", "switched", "committed")
+STATES = ("received", "verified", "staged", "prepared", "selftested", "switched", "probation", "committed")
 
+#: Starts that a version on probation may use up; each that did not end in an orderly way counts.
+MAX_ATTEMPTS = 2
+
+_HISTORY = 20  # operations, a few kilobytes
 _INTERRUPTED = Refused("the operation was interrupted", "the agent or its disk stopped", "run it again")
 _log = logging.getLogger(__name__)
 
@@ -32,6 +38,8 @@ class Operation:
         on_state: told of each state after it is on disk.
         state: the state that was reached; empty at the beginning.
         fresh: whether the version was not installed before; it is removed if the operation fails.
+        attempts: probations that were begun and of which no end is known.
+        seen_s: for how long it was on probation in starts that ended in an orderly way.
     """
 
     store: Store
@@ -42,6 +50,19 @@ class Operation:
     on_state: Optional[Callable[[str], None]] = None
     state: str = ""
     fresh: bool = False
+    attempts: int = 0
+    seen_s: float = 0.0
+
+    def begin_attempt(self) -> None:
+        """Enter the probation; counted first, since the version may end the process."""
+        self.attempts += 1
+        self.enter("probation")
+
+    def interrupt(self, seen_s: float) -> None:
+        """Leave the probation to the next start, which goes on from ``seen_s``; nothing is counted."""
+        self.attempts -= 1
+        self.seen_s = seen_s
+        self._write(None)
 
     def enter(self, state: str) -> None:
         """Reach a state: first on disk, then in the eyes of the caller.
@@ -76,6 +97,7 @@ class Operation:
             self.store.remove(self.name, self.digest)
 
     def _write(self, failure: Optional[Dict[str, str]]) -> None:
+        ended = failure is not None or self.state == self.goal
         self.store.set_journal(
             self.name,
             {
@@ -84,15 +106,43 @@ class Operation:
                 "goal": self.goal,
                 "state": self.state,
                 "fresh": self.fresh,
+                "attempts": self.attempts,
+                "seen_s": self.seen_s,
                 "failure": failure,
+                "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) if ended else None,
+                "history": self._history(),
             },
         )
+
+    def _history(self) -> List[Mapping[str, Any]]:
+        """The operations that ended before this one, oldest first."""
+        before = self.store.journal(self.name)
+        if before is None:
+            return []
+        known = past(before)
+        return [*known, last(before)][-_HISTORY:] if has_ended(before) else known
+
+
+def has_ended(entry: Mapping[str, Any]) -> bool:
+    """Whether the operation of a journal came to its end, whichever that was."""
+    return entry.get("failure") is not None or entry.get("state") == entry.get("goal")
+
+
+def last(entry: Mapping[str, Any]) -> Dict[str, Any]:
+    """The last operation of a journal, without those before it."""
+    return {key: value for key, value in entry.items() if key != "history"}
+
+
+def past(entry: Mapping[str, Any]) -> List[Mapping[str, Any]]:
+    """The operations of a journal that ended before the last one, oldest first."""
+    known = entry.get("history")
+    return [item for item in known if isinstance(item, dict)] if isinstance(known, list) else []
 
 
 def interrupted(store: Store, name: str) -> Optional[Operation]:
     """The operation on a model that a crash interrupted; None if the last one came to its end."""
     entry = store.journal(name)
-    if entry is None or entry.get("failure") is not None or entry.get("state") == entry.get("goal"):
+    if entry is None or has_ended(entry):
         return None
     return Operation(
         store,
@@ -102,7 +152,14 @@ def interrupted(store: Store, name: str) -> Optional[Operation]:
         str(entry.get("goal")),
         state=str(entry.get("state")),
         fresh=entry.get("fresh") is True,
+        attempts=_number(entry, "attempts", int),
+        seen_s=_number(entry, "seen_s", float),
     )
+
+
+def _number(entry: Mapping[str, Any], key: str, kind: Callable[[Any], Any]) -> Any:
+    value = entry.get(key)
+    return kind(value) if isinstance(value, (int, float)) else kind(0)
 
 
 def end_interrupted(store: Store, name: str) -> Optional[Operation]:

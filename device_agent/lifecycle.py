@@ -1,6 +1,6 @@
 """The update of a model as a state machine: every step journaled, nothing in between.
 
-    received -> verified -> staged -> prepared -> selftested -> switched -> committed
+    received -> verified -> staged -> prepared -> selftested -> switched -> probation -> committed
 
     received    the bundle's head was read: it is a bundle that this agent understands
     verified    a trusted key signed the manifest; no byte was stored yet
@@ -8,11 +8,12 @@
     prepared    an engine is open
     selftested  it reproduced the golden outputs and is warm
     switched    the next start comes up with it, and new requests go to it
+    probation   its live traffic is watched (see ``probation``); the old version stays loaded
     committed   it has proven itself; versions that it made needless are removed
 
-Until ``switched`` the old version serves and nothing on disk says otherwise; the switch is one atomic
-write of ``state.json``. An error in any state leaves the old version active and its reason in the journal.
-After a crash ``restore`` comes up on the old version or on the new one, whole.
+An error in any state leaves the old version active and its reason in the journal. After a crash ``restore``
+comes up on the old version or on the new one, whole, and ``resume`` ends what was on probation. From
+``prepared`` on, the way is that of :mod:`device_agent.activation`.
 """
 
 from __future__ import annotations
@@ -25,22 +26,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, Optional
 
-from device_agent import archive, startup
+from device_agent import archive, journal, startup
+from device_agent.activation import Activation
 from device_agent.admission import Admission, Rotated
+from device_agent.bounded import Timeouts
 from device_agent.errors import AgentError, BadInput, Refused
 from device_agent.journal import Operation, abandon_interrupted
-from device_agent.manifest import Manifest
 from device_agent.model_state import ModelState
 from device_agent.outcome import Installed, outcome_of
+from device_agent.probation.watch import Interrupted
 from device_agent.signature import Trust
 from device_agent.store import Store, Version
-from device_agent.swap import Swap, stopped_first
-from device_agent.swap_plan import NOTHING_TO_STOP, SwapPlan
+from device_agent.swap_plan import NOTHING_TO_STOP
 
 if TYPE_CHECKING:
     from device_agent.models import Models
 
 OnState = Callable[[str], None]
+_DEFAULT_TIMEOUTS = Timeouts()
 _log = logging.getLogger(__name__)
 
 
@@ -51,21 +54,28 @@ class Lifecycle:
     threads than the event loop's.
     """
 
-    def __init__(self, store: Store, trust: Trust, models: Models) -> None:
+    def __init__(
+        self, store: Store, trust: Trust, models: Models, timeouts: Timeouts = _DEFAULT_TIMEOUTS
+    ) -> None:
         self._store = store
         self._admission = Admission(store, trust)
         self._models = models
-        self._loop: Optional[asyncio.AbstractEventLoop] = None
+        self._activation = Activation(store, models, self._admission.check, timeouts)
         self._busy = threading.Lock()
         self._closed = False
         self._describe_followers: Callable[[], Mapping[str, Mapping[str, Any]]] = dict
+        self._on_probation: Dict[str, Operation] = {}  # since the last start
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Make switches on the event loop that serves; before this, nothing serves yet."""
-        self._loop = loop
+        self._activation.bind(loop)
 
     def close(self) -> None:
-        """Wait for the operation that runs, and begin no other: the store is about to be closed."""
+        """Wait for the operation that runs, and begin no other: the store is about to be closed.
+
+        A probation is not waited for: it goes on at the next start.
+        """
+        self._activation.stop()
         with self._busy:
             self._closed = True
 
@@ -109,7 +119,7 @@ class Lifecycle:
             BadInput: not a bundle, damaged, too new, or not trusted (ManifestError, TrustError).
             Missing: a runtime that it needs is not here.
             Refused: it is older than what was committed (DowngradeError), there is no space, or it failed
-                its self-test. In every case the old version serves on.
+                its self-test or its probation. In every case the old version serves on.
         """
         with self._turn():
             head = archive.read_head(bundle)
@@ -128,7 +138,9 @@ class Lifecycle:
                 before = self._store.state(operation.name)
                 planned = NOTHING_TO_STOP
                 if activate:
-                    planned = self._bring_up(operation, head.manifest, before.activated(head.digest))
+                    planned = self._activation.bring_up(
+                        operation, head.manifest, before.activated(head.digest)
+                    )
                 return outcome_of(operation, head.manifest, before, signer, planned)
 
     def activate(self, digest: str, on_state: Optional[OnState] = None) -> Installed:
@@ -136,8 +148,8 @@ class Lifecycle:
 
         Raises:
             BadInput: no such version, or it is not trusted any more.
-            Refused: it failed its self-test; or it was never committed, and a newer one was. The old
-                version serves on.
+            Refused: it failed its self-test or its probation; or it was never committed, and a newer one
+                was. The old version serves on.
         """
         with self._turn():
             version = self._store.find(digest)
@@ -148,6 +160,8 @@ class Lifecycle:
 
     def rollback(self, name: str, on_state: Optional[OnState] = None) -> Installed:
         """Return to the fallback version; what was active becomes the fallback.
+
+        It was committed before, so it is self-tested and has no probation.
 
         Raises:
             BadInput: there is no fallback.
@@ -182,7 +196,12 @@ class Lifecycle:
         A model that cannot be brought up at all is logged and left out: the others serve.
         """
         with self._turn():
-            startup.restore(self._store, self._load)
+            self._on_probation = startup.restore(self._store, self._activation.load)
+
+    def resume(self) -> None:
+        """End the probations that a stop interrupted; call it once requests can come."""
+        with self._turn():
+            pass  # which every operation does first
 
     def rotate(self, document: bytes) -> Rotated:
         """Take a rotation document: see ``Admission.rotate``, which says what is refused."""
@@ -207,11 +226,16 @@ class Lifecycle:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Wait until no other operation runs; afterwards what was committed raises the ratchet."""
+        """Wait until no other operation runs, and end what a stop interrupted.
+
+        Afterwards what was committed raises the ratchet.
+        """
         with self._busy:
             if self._closed:
                 raise Refused("nothing can be changed now", "the agent stops", "try again once it is up")
             try:
+                while self._on_probation:
+                    self._activation.resume(self._on_probation.popitem()[1])
                 yield
             finally:
                 self._admission.settle_all()
@@ -222,79 +246,23 @@ class Lifecycle:
             parsed, signer = self._admission.readmit(operation.name, operation.digest)
             operation.enter("staged")
             before = self._store.state(operation.name)
-            planned = self._bring_up(operation, parsed, target)
+            planned = self._activation.bring_up(operation, parsed, target)
             return outcome_of(operation, parsed, before, signer, planned)
-
-    def _bring_up(self, operation: Operation, manifest: Manifest, target: ModelState) -> SwapPlan:
-        """Take a staged version to ``committed``; on any error everything is as it was.
-
-        Where memory does not hold both versions, the old one is stopped first, which is told beforehand.
-        """
-        planned = self._models.plan_swap(manifest)
-        if planned.pause_s is not None and operation.on_state is not None:
-            operation.on_state(str(planned))
-        with stopped_first(self._models, self._loop, operation.name, planned):
-            self._replace(operation, manifest, target)
-        self._tidy(operation.name, operation.digest)
-        return planned
-
-    def _replace(self, operation: Operation, manifest: Manifest, target: ModelState) -> None:
-        name, before = operation.name, self._store.state(operation.name)
-        loaded = self._models.prepare(
-            self._store.directory(name, operation.digest), manifest, operation.digest
-        )
-        swap = Swap(self._models, self._loop, loaded)
-        try:
-            operation.enter("prepared")
-            operation.enter("selftested")
-            # Disk first: if this write fails nothing has happened yet, and if the power goes after it the
-            # next start comes up on a version that has just passed its self-test here.
-            self._store.set_state(name, target)
-            swap.make()
-            operation.enter("switched")
-            self._store.set_state(name, target.with_commit())
-            operation.enter("committed")
-        except BaseException:
-            try:
-                swap.undo()
-            finally:
-                self._write_back(name, before)
-            raise
-        swap.finish()
-
-    def _tidy(self, name: str, digest: str) -> None:
-        """Free the space of old versions; a failure here takes nothing from what was committed."""
-        try:
-            self._store.set_starts(name, digest, 0)
-            self._store.collect(name)
-        except Refused as error:
-            _log.error("old versions of %s could not be removed: %s", name, error.why)
-
-    def _write_back(self, name: str, before: ModelState) -> None:
-        try:
-            if self._store.state(name) != before:
-                self._store.set_state(name, before)
-        except Refused as error:
-            _log.error("the state of %s could not be written back: %s", name, error.why)
-
-    def _load(self, name: str, digest: str) -> None:
-        manifest, _ = self._admission.check(name, digest)
-        loaded = self._models.prepare(self._store.directory(name, digest), manifest, digest)
-        swap = Swap(self._models, self._loop, loaded)
-        swap.make()
-        swap.finish()
 
     # Reports
 
     def _describe(self, name: str) -> Dict[str, Any]:
         serving, pause = self._models.get(name), self._models.pause_of(name)
+        entry = self._store.journal(name)
         return {
             "name": name,
             **asdict(self._store.state(name)),
             "serving": None if serving is None else serving.digest,
             "pause": None if pause is None else str(pause),
             "engine": self._models.describe_engine(name),
-            "last_operation": self._store.journal(name),
+            "probation": self._activation.probation_of(name),
+            "last_operation": None if entry is None else journal.last(entry),
+            "history": [] if entry is None else journal.past(entry),
             "versions": [version.describe() for version in self._store.versions(name)],
         }
 
@@ -304,6 +272,8 @@ def _journaled(operation: Operation) -> Iterator[None]:
     """If the operation fails, keep the reason and take back what it added."""
     try:
         yield
+    except Interrupted:
+        raise  # the version stays, on probation
     except BaseException as error:
         why = error.what if isinstance(error, AgentError) else type(error).__name__
         state = operation.state or "the beginning"

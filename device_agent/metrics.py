@@ -5,9 +5,13 @@ Its Prometheus form is in :mod:`device_agent.metrics_page`.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
+from collections import deque
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import TYPE_CHECKING, Deque, Dict, Iterator, List, Mapping, Sequence, Tuple
+
+from device_agent.engines.base import InputError
 
 if TYPE_CHECKING:
     from device_agent.batching.job import Job
@@ -19,6 +23,7 @@ SECONDS_BOUNDS = (
 ROWS_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 _RETIRED_KEPT = 8  # digests that were replaced and are still exported, so that a scraper sees their end
+_RECENT = 1024  # enough to tell a quantile of 0.99, and too few to be felt in memory
 
 
 class Histogram:
@@ -90,6 +95,8 @@ class ModelMetrics:
         queue_depth: requests waiting now.
         refused: requests turned away when they came: the queue was full, or they would have been late.
         failed: requests that the engine could not run.
+        invalid: of those, the ones whose values no runtime could have carried.
+        recent_s: total times of the latest answered requests; infinite for one that was turned away.
         deadline_missed: requests whose own timeout passed while they waited.
         cancelled: requests whose client went away.
         rows: rows of answered requests.
@@ -107,6 +114,8 @@ class ModelMetrics:
         self.queue_depth = 0
         self.refused = 0
         self.failed = 0
+        self.invalid = 0
+        self.recent_s: Deque[float] = deque(maxlen=_RECENT)
         self.deadline_missed = 0
         self.cancelled = 0
         self.rows = 0
@@ -133,6 +142,16 @@ class ModelMetrics:
         """An isolated engine's process was started again."""
         self.engine_restarts += 1
 
+    def count_refused(self) -> None:
+        """A request was turned away when it came."""
+        self.refused += 1
+        self.recent_s.append(math.inf)
+
+    def count_late(self) -> None:
+        """A request's timeout passed while it waited."""
+        self.deadline_missed += 1
+        self.recent_s.append(math.inf)
+
     def record_batch(self, batch: Sequence[Job]) -> None:
         """Count jobs that came back from the engine together."""
         executed = set()
@@ -141,16 +160,20 @@ class ModelMetrics:
                 executed.add(job.started_s)
                 self._record_run(job)
             total_s = job.finished_s - job.arrived_s
+            if job.probe:
+                continue
             if job.cancelled:
                 self.cancelled += 1
             elif job.error is not None:
                 self.failed += 1
+                self.invalid += isinstance(job.error, InputError)
                 self.failed_seconds += total_s
             else:
                 self.rows += job.rows
                 self.queue_seconds.observe(job.started_s - job.arrived_s)
                 self.compute_seconds.observe(job.finished_s - job.started_s)
                 self.total_seconds.observe(total_s)
+                self.recent_s.append(total_s)
 
     def _record_run(self, job: Job) -> None:
         self.last_inference_s = job.finished_s

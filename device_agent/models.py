@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +31,8 @@ from device_agent.errors import Refused
 from device_agent.manifest import Manifest
 from device_agent.memory import give_back, resident_bytes
 from device_agent.metrics import Metrics
+from device_agent.probation.verdict import Reference
+from device_agent.probation.watch import Watch, reference_of
 from device_agent.selftest import SelfTest, check, load_arrays
 from device_agent.swap_plan import NOTHING_TO_STOP, Cost, SwapPlan, available_bytes, estimate, plan
 from device_agent.warmup import learn_latency
@@ -138,6 +141,47 @@ class Models:
             return NOTHING_TO_STOP
         needed_bytes = estimate(manifest, old.manifest, old.cost)
         return plan(needed_bytes, available_bytes(self._config.limits.memory_reserve_bytes), old.cost.load_s)
+
+    def watch(
+        self,
+        loaded: LoadedModel,
+        old: Optional[LoadedModel],
+        *,
+        paused: bool,
+        live: bool,
+        stop: threading.Event,
+        seen_s: float,
+    ) -> Watch:
+        """The probation of a version that serves.
+
+        Args:
+            loaded: the version.
+            old: the one before, if there was one.
+            paused: whether the old one was freed already.
+            live: whether requests can come.
+            stop: set when the agent stops.
+            seen_s: for how long it was watched before the agent was started again.
+        """
+        name = loaded.manifest.name
+        reference = (
+            Reference() if old is None else reference_of(old, self._metrics.of_model(name, old.digest))
+        )
+        return Watch(
+            loaded,
+            self._metrics.of_model(name, loaded.digest),
+            None if paused else old,
+            reference,
+            self._config.probation,
+            timeout_s=self._config.of_model(name).run_timeout_s,
+            live=live,
+            stop=stop,
+            seen_s=seen_s,
+        )
+
+    def discard(self, loaded: LoadedModel) -> None:
+        """Free a version that never served."""
+        loaded.batcher.close()
+        _close(loaded.engine)
 
     def begin_pause(self, name: str, planned: SwapPlan) -> Optional[LoadedModel]:
         """Serve ``name`` no more until :meth:`end_pause`; clients are told when to come back.

@@ -47,11 +47,22 @@ def check(engine: Engine, directory: Path, manifest: Manifest) -> SelfTest:
     except EngineError as error:
         raise _refused(manifest, f"the engine failed on the golden inputs: {error}") from error
     seconds = time.monotonic() - started_s
-    worst = {
+    return SelfTest(compare(outputs, golden, manifest), seconds)
+
+
+def compare(outputs: Arrays, golden: Arrays, manifest: Manifest) -> Dict[str, float]:
+    """Hold outputs against the golden ones, within the manifest's tolerances.
+
+    Returns:
+        The largest absolute error, by output name.
+
+    Raises:
+        Refused: an output differs by more than its tolerance.
+    """
+    return {
         spec.name: _compare(spec.name, outputs[spec.name], golden[spec.name], manifest)
         for spec in manifest.outputs
     }
-    return SelfTest(worst, seconds)
 
 
 def load_arrays(path: Path, specs: Iterable[TensorSpec]) -> Arrays:

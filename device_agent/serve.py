@@ -74,7 +74,7 @@ async def _serve(
         _log.warning("allow_unsigned is set: anyone who can hand this device a bundle decides what it serves")
     metrics = Metrics()
     models = Models(config, metrics)
-    lifecycle = Lifecycle(store, Trust(config.keys_dir, config.allow_unsigned), models)
+    lifecycle = Lifecycle(store, Trust(config.keys_dir, config.allow_unsigned), models, config.timeouts)
     lifecycle.bind(loop)
     repository = _open_repository(settings, models)
     service = InferenceService(models, metrics, config, repository)
@@ -96,6 +96,7 @@ async def _serve(
     _log.info("listening %s", _listening(doors.where, config, passed))
     manager.status("serving")
     manager.ready()
+    resumed = loop.run_in_executor(None, lifecycle.resume)  # probations are held on live requests
     first_start = loop.run_in_executor(None, provisioned.install, config.state_dir, lifecycle)
     async with watched(manager, models.hung):
         await stop.wait()
@@ -112,6 +113,7 @@ async def _serve(
         complete = await doors.drain()
         manager.status("finishing an update")
         await loop.run_in_executor(None, lifecycle.close)
+        await resumed
         await first_start
         if followers is not None:
             await loop.run_in_executor(None, followers.join, 2.0)

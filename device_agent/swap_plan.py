@@ -67,11 +67,15 @@ def plan(needed_bytes: int, available_bytes: Optional[int], load_s: float) -> Sw
 
 
 def estimate(new: Manifest, old: Manifest, measured: Cost) -> int:
-    """Bytes that a new version will need: what the old one took, scaled by the size of their files."""
+    """Bytes that a new version will need: what the old one took, scaled by the size of their files.
+
+    What a small model takes is the runtime's own and no measure of its files; it is added, not scaled.
+    """
     new_bytes, old_bytes = _model_bytes(new), _model_bytes(old)
     by_size = int(_BYTES_PER_FILE_BYTE * new_bytes)
-    by_measure = measured.memory_bytes * new_bytes // old_bytes if old_bytes else 0
-    return max(by_size, by_measure, _SMALLEST_BYTES)
+    if old_bytes < _SMALLEST_BYTES:
+        return max(measured.memory_bytes + by_size, _SMALLEST_BYTES)
+    return max(by_size, measured.memory_bytes * new_bytes // old_bytes, _SMALLEST_BYTES)
 
 
 def _model_bytes(manifest: Manifest) -> int:

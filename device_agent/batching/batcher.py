@@ -80,7 +80,8 @@ class Batcher:
         try:
             self._admit(job)
         except (QueueFull, DeadlineExceeded):
-            self._metrics.refused += 1
+            if not job.probe:
+                self._metrics.count_refused()
             raise
         self._metrics.queue_depth = len(self._scheduler.queue)
         if not self._scheduler.busy:
@@ -91,7 +92,8 @@ class Batcher:
         job.cancelled = True
         if self._scheduler.remove(job):
             self._metrics.queue_depth = len(self._scheduler.queue)
-            self._metrics.cancelled += 1
+            if not job.probe:
+                self._metrics.cancelled += 1
             self._notify_if_idle()
 
     async def drain(self) -> None:
@@ -149,7 +151,8 @@ class Batcher:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(step.wake_at_s - now_s, self._pump)
         for job in step.late:
-            self._metrics.deadline_missed += 1
+            if not job.probe:
+                self._metrics.count_late()
             job.on_done(job)
         if step.late:
             self._notify_if_idle()

@@ -40,6 +40,7 @@ class Job:
         on_done: called on the event loop when ``outputs`` or ``error`` is set; never after a cancel.
         timeout_s: longest time in the queue that the client asks for; None: it does not say.
         priority: the level that the client asks for, 1 being the highest; 0: it does not say.
+        probe: whether the agent itself asks, so that it is not counted as a client's.
         level: the level that it has; set, as all that follows, when it is admitted.
         start_by_s, finish_by_s: the latest points for it on the monotonic clock; infinite: none.
         forecast_s: expected time in the queue.
@@ -52,8 +53,8 @@ class Job:
 
     __slots__ = (
         "arrived_s", "batch_key", "batch_rows", "cancelled", "delayed", "error", "finish_by_s", "finished_s",
-        "forecast_s", "inputs", "level", "on_done", "outputs", "priority", "rows", "start_by_s", "started_s",
-        "timeout_s",
+        "forecast_s", "inputs", "level", "on_done", "outputs", "priority", "probe", "rows", "start_by_s",
+        "started_s", "timeout_s",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +65,7 @@ class Job:
         on_done: Callable[[Job], None],
         timeout_s: Optional[float] = None,
         priority: int = 0,
+        probe: bool = False,
     ) -> None:
         self.inputs = inputs
         self.rows = rows
@@ -71,6 +73,7 @@ class Job:
         self.on_done = on_done
         self.timeout_s = timeout_s
         self.priority = priority
+        self.probe = probe
         self.level = 1
         self.start_by_s = self.finish_by_s = math.inf
         self.forecast_s = 0.0

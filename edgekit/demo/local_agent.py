@@ -46,6 +46,7 @@ def running(home: Path, keys_dir: Path) -> Iterator[LocalAgent]:
         f"keys_dir = {json.dumps(str(keys_dir))}\n"
         f"control_socket = {json.dumps(str(socket))}\n"
         "[http]\nport = 0\n[metrics]\nport = 0\n"
+        "[probation]\nduration_s = 0.5\n"  # nobody asks while it lasts, so golden rows decide at once
     )
     command = [sys.executable, "-m", "device_agent.cli", "serve", "--config", str(config)]
     log = home / "agent.log"

@@ -219,6 +219,7 @@ class AgentProcess:
             + settings
             + ("" if "[http]" in settings else "\n[http]\nport = 0")
             + ("" if "[grpc]" in settings else "\n[grpc]\nenabled = false")
+            + ("" if "[probation]" in settings else "\n[probation]\nduration_s = 0.1")
             + "\n[metrics]\nport = 0\n"
         )
         (root / "keys").mkdir(exist_ok=True)

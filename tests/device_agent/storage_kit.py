@@ -94,16 +94,35 @@ def signed_bundle(directory: Path, key: Any, **changes: Any) -> archive.Head:
 
 
 @dataclass
+class FakeWatch:
+    """Stands in for a probation: it holds, or it does not."""
+
+    unhealthy: bool
+    seen_s: float = 0.0
+
+    async def run(self) -> None:
+        """Say so."""
+        if self.unhealthy:
+            raise Refused("it did not hold in its probation", "all requests failed", "build it again")
+
+    def describe(self) -> Dict[str, Any]:
+        """Nothing is known."""
+        return {}
+
+
+@dataclass
 class FakeModels:
     """Stands in for ``device_agent.models.Models``: loads nothing, refuses what it is told to.
 
     Attributes:
         broken: digests whose self-test fails.
+        unhealthy: digests that do not hold on probation.
         serving: digest by model name.
         events: what was called, in order.
     """
 
     broken: List[str] = field(default_factory=list)
+    unhealthy: List[str] = field(default_factory=list)
     serving: Dict[str, Any] = field(default_factory=dict)
     events: List[str] = field(default_factory=list)
 
@@ -114,6 +133,14 @@ class FakeModels:
         if digest in self.broken:
             raise Refused("the golden outputs are not reproduced", "an output is off", "build it again")
         return SimpleNamespace(manifest=manifest, digest=digest)
+
+    def watch(self, loaded: Any, old: Any, **options: Any) -> Any:
+        """A probation that ends at once."""
+        return FakeWatch(loaded.digest in self.unhealthy)
+
+    def discard(self, loaded: Any) -> None:
+        """Free what came too late."""
+        self.events.append(f"discard {loaded.digest[:8]}")
 
     def plan_swap(self, manifest: Manifest) -> Any:
         """Both versions fit."""

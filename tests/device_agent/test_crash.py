@@ -56,6 +56,7 @@ class World:
         with Store(state_dir) as store:
             lifecycle = Lifecycle(store, self.trust, models)  # type: ignore[arg-type]  # the double
             lifecycle.restore()
+            lifecycle.resume()
             serving = models.get("demo")
             found = None if serving is None else serving.digest
             assert found in allowed

@@ -53,6 +53,7 @@ class Device:
         self.store = Store(self.root / "state")
         self.lifecycle = Lifecycle(self.store, self.trust, self.models)  # type: ignore[arg-type]  # the double
         self.lifecycle.restore()
+        self.lifecycle.resume()
 
     @property
     def serving(self) -> Any:

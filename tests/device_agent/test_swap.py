@@ -44,6 +44,12 @@ def test_the_estimate_follows_what_was_measured(tmp_path: Path) -> None:
     assert estimate(_with_size(small, 0), _with_size(small, 0), Cost(memory_bytes=5)) > 0
 
 
+def test_a_tiny_model_says_little_of_a_large_one(tmp_path: Path) -> None:
+    """What the runtime itself took for a model of a kilobyte is not multiplied for one of 30 MB."""
+    large = _with_size(linear_bundle(tmp_path / "b").manifest, 30_000_000)
+    assert estimate(large, _with_size(large, 1000), Cost(memory_bytes=10_000_000)) == 85_000_000
+
+
 def test_what_is_free_keeps_the_reserve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The smaller of the system's and the service's own limit counts, less the reserve."""
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    1000 kB\n")

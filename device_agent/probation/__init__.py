@@ -1,0 +1,1 @@
+"""Probation: a new version serves, and its live traffic decides whether it stays."""
