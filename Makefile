@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | bench | test-agent | fuzz | soak: each works from a clean clone.
+# make setup | demo | test | lint | bench | test-agent | fuzz | soak | wheel | deb: each works from a clean clone.
 #
 # PYTHON            the host's interpreter, 3.10 or newer
 # PIP_ARGS          passed to pip; where pip would fetch a CUDA build of torch, point it at PyTorch's CPU
@@ -6,16 +6,22 @@
 # FUZZ_SECONDS      how long fuzz runs each target
 # SOAK_MINUTES      how long soak runs
 # AGENT_PYTHONS     the versions that test-agent looks for
+# DEB_ARCH          amd64 or arm64: the device that deb is for; default: as this machine
+# DEB_PYTHON        the device's Python, such as 3.8 on JetPack 5; default: PYTHON's
+# DEB_VERSION       of the Debian package; default: the agent's
 PYTHON ?= python3
 PIP_ARGS ?=
 FUZZ_SECONDS ?= 1200
 SOAK_MINUTES ?= 10
 AGENT_PYTHONS ?= 3.8 3.9 3.10 3.11 3.12 3.13 3.14
+PACK_ARGS = $(if $(DEB_ARCH),--arch $(DEB_ARCH)) $(if $(DEB_PYTHON),--python $(DEB_PYTHON)) \
+  $(if $(DEB_VERSION),--version $(DEB_VERSION))
 VENV := .venv
+PACK_VENV := .venv-packaging
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench test-agent fuzz soak clean
+.PHONY: setup demo test lint bench test-agent fuzz soak wheel deb clean
 
 setup: $(STAMP)
 
@@ -54,5 +60,14 @@ bench: setup
 	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)) benchmarks/serving/run.py; do \
 	  echo "$$script"; $(BIN)/python $$script $(BENCH_ARGS) || status=$$?; done; exit $${status:-0}
 
+# Packages of the agent, in dist/. They need pip's index here, and no network where they are installed.
+wheel deb: $(PACK_VENV)/.installed
+	$(PACK_VENV)/bin/python -m device_agent.packaging $@ $(PACK_ARGS)
+
+$(PACK_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(PACK_VENV)
+	$(PACK_VENV)/bin/pip install --quiet 'packaging>=23'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-agent-* .edgekit edgekit-demo
+	rm -rf $(VENV) $(PACK_VENV) dist .venv-agent-* .edgekit edgekit-demo
