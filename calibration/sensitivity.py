@@ -17,6 +17,7 @@ from calibration.quantizer import quantize
 from calibration.samples import check, rows, signature
 from calibration.scales import Scales
 from calibration.session import open_session
+from calibration.storage import Source
 from calibration.targets import target_named
 
 
@@ -35,7 +36,7 @@ class LayerSensitivity:
 
 
 def sensitivity(
-    model: ModelProto,
+    model: Source,
     scales: Scales,
     samples: Iterable[Mapping[str, Array]],
     target: str = "onnxruntime",
@@ -46,7 +47,7 @@ def sensitivity(
     """Quantize each linear layer alone and measure the outputs against the float model's.
 
     Args:
-        model: the model that was calibrated.
+        model: the model that was calibrated, or its file.
         scales: from ``calibrate``.
         samples: a handful is enough; they are held in memory.
         target: the runtime whose placement is judged.

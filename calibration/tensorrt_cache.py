@@ -10,8 +10,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Collection, Mapping
 
-from onnx import ModelProto
-
 from calibration.affine import symmetric_s8
 from calibration.errors import CalibrationError
 from calibration.fp16 import MAX_FP16, to_fp16
@@ -19,19 +17,21 @@ from calibration.graph import Index
 from calibration.placement import place
 from calibration.prepare import prepare
 from calibration.scales import Scales
+from calibration.storage import Source
 from calibration.targets import TARGETS
 
 ALGORITHM = "EntropyCalibration2"
 
 
-def write_cache(model: ModelProto, scales: Scales, tensorrt: tuple[int, int, int] = (8, 5, 2)) -> str:
+def write_cache(model: Source, scales: Scales, tensorrt: tuple[int, int, int] = (8, 5, 2)) -> str:
     """The calibration cache of a model.
 
     Tensors beyond float16's range, such as attention masks, are left out: TensorRT then keeps the layers
     around them in float.
 
     Args:
-        model: the model that was calibrated; give TensorRT the prepared one, whose tensors are named so.
+        model: the model that was calibrated, or its file; give TensorRT the prepared one, whose tensors are
+            named so.
         scales: from ``calibrate``.
         tensorrt: version that will read the cache.
 
@@ -74,9 +74,7 @@ def read_cache(text: str) -> dict[str, float]:
     return found
 
 
-def layer_precisions(
-    model: ModelProto, scales: Scales, *, exclude: Collection[str] = ()
-) -> Mapping[str, str]:
+def layer_precisions(model: Source, scales: Scales, *, exclude: Collection[str] = ()) -> Mapping[str, str]:
     """The precision of each operator of the prepared model: ``int8``, ``fp16`` or ``fp32``.
 
     The linear operators that the Q/DQ graph for TensorRT quantizes are int8 here too; the others are fp16

@@ -45,7 +45,7 @@ class Case:
         quality: the task's metric, from outputs and truth; higher is better.
         distance_name: name of ``distance``.
         distance: from the float model's outputs and an INT8 model's; lower is better, 0 where they agree.
-        transformer: NNCF wants to be told.
+        transformer: NNCF wants to be told, and onnxruntime's operator types matter there.
         export: writes the trained float model as ONNX.
         data: loads the rows.
         sources: modules that the trained model depends on; a change in one trains it anew.

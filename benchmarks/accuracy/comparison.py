@@ -14,7 +14,7 @@ import numpy as np
 from accuracy import cache
 from accuracy.case import Array, Case, Data, Feed, Outputs
 from accuracy.judging import paired_error
-from accuracy.tools import TOOLS, Result, ToolFailed
+from accuracy.tools import TOOLS, Result, ToolFailed, applies
 
 _THREADS = 1
 
@@ -55,7 +55,7 @@ def compare(case: Case, tools: Sequence[str], max_rows: int | None = None) -> Co
 
     Args:
         case: the model.
-        tools: names from ``TOOLS``.
+        tools: names from ``TOOLS``; those that do not apply to the case are left out.
         max_rows: calibration rows at most.
     """
     model = cache.prepared(case)
@@ -64,7 +64,7 @@ def compare(case: Case, tools: Sequence[str], max_rows: int | None = None) -> Co
     truth = reference[0] if data.truth is None else data.truth
     entries: dict[str, Entry] = {}
     ours: Outputs | None = None
-    for name in tools:
+    for name in (tool for tool in tools if applies(tool, case)):
         entries[name], outputs = _entry(name, case, model, data, max_rows, reference, truth, ours)
         ours = outputs if name == "ours" else ours
     return Comparison(case, len(truth), case.quality(reference, truth), entries)

@@ -10,7 +10,7 @@ from accuracy.tools import PEERS
 
 #: A model lost to a peer is one too many; a model won is one on which every peer is further away.
 TARGETS: Mapping[str, tuple[str, float]] = {
-    "compared_pairs": (">=", 24),
+    "compared_pairs": (">=", 30),
     "lost_pairs": ("==", 0),
     "models_won_fraction": (">", 0.5),
     "pairs_below_peer_beyond_error": ("==", 0),

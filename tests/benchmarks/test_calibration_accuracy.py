@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from accuracy import average_precision, cache, judging, scans, verdict  # noqa: 
 from accuracy.case import Case, Data, image_rows  # noqa: E402
 from accuracy.cases import CASES, detector  # noqa: E402
 from accuracy.comparison import Comparison, Entry, compare  # noqa: E402
-from accuracy.tools import PEERS, TOOLS, Result, ToolFailed  # noqa: E402
+from accuracy.tools import PEERS, TOOLS, Result, ToolFailed, applies  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))  # calibration.py there would hide the package from later tests
 
@@ -199,8 +200,10 @@ def tiny_case() -> Case:
 def test_tools_are_compared_on_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours and onnxruntime's each write a graph that runs, near the float model and not equal to it."""
     monkeypatch.setattr(cache, "HOME", tmp_path)
-    found = compare(tiny_case(), ["ours", "ort_minmax", "ort_percentile", "ort_entropy"])
+    tools = ["ours", "ort_minmax", "ort_percentile", "ort_entropy", "ort_minmax_linear"]
+    found = compare(replace(tiny_case(), transformer=True), tools)
     assert found.rows == 24
+    assert list(found.entries) == tools
     for name, result in found.entries.items():
         assert result.why is None, name
         assert result.distance is not None
@@ -234,6 +237,14 @@ def test_models_are_kept_until_their_code_changes(tmp_path: Path, monkeypatch: p
 
 
 def test_the_issue_s_models_and_peers_are_there() -> None:
-    """Six models and four peers, as the claim says."""
+    """Six models and four peers, and three fairer ones on the two transformers: 30 pairs."""
     assert len(CASES) == 6
-    assert set(PEERS) == {"ort_minmax", "ort_entropy", "ort_percentile", "nncf"}
+    everywhere = {"ort_minmax", "ort_entropy", "ort_percentile", "nncf"}
+    on_transformers = {"ort_minmax_linear", "ort_entropy_linear", "ort_percentile_linear"}
+    assert set(PEERS) == everywhere | on_transformers
+    pairs = 0
+    for case in CASES.values():
+        found = {name for name in PEERS if applies(name, case)}
+        assert found == everywhere | (on_transformers if case.transformer else set())
+        pairs += len(found)
+    assert verdict.TARGETS["compared_pairs"] == (">=", pairs)

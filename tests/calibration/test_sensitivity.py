@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from graphs import build
 from onnx import ModelProto, TensorProto, helper
 
-from calibration import CalibrationError, calibrate, sensitivity, sqnr_db
+from calibration import CalibrationError, calibrate, layer_precisions, sensitivity, sqnr_db, write_cache
 
 
 def test_the_layer_with_outliers_is_worst() -> None:
@@ -46,6 +47,17 @@ def test_every_layer_is_measured(residual_cnn: ModelProto, images: np.ndarray) -
     )
     assert sorted(entry.node for entry in found) == ["fc", "first", "second", "stem", "third"]
     assert told == [(i, 5) for i in range(1, 6)]
+
+
+def test_files_are_taken_for_models(residual_cnn: ModelProto, images: np.ndarray, tmp_path: Path) -> None:
+    """A model's file gives the sensitivities and the calibration cache of the model itself."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(residual_cnn.SerializeToString())
+    sample = {"image": images[:2]}
+    scales = calibrate(path, [sample])
+    assert sensitivity(path, scales, [sample]) == sensitivity(residual_cnn, scales, [sample])
+    assert write_cache(str(path), scales) == write_cache(residual_cnn, scales)
+    assert layer_precisions(path, scales) == layer_precisions(residual_cnn, scales)
 
 
 def test_no_samples_is_an_error(residual_cnn: ModelProto, images: np.ndarray) -> None:
