@@ -24,7 +24,7 @@ from device_agent.batching.cores import Shares, on_one_core
 from device_agent.batching.settings import Batching
 from device_agent.config import Config
 from device_agent.engine_report import report
-from device_agent.engines import candidates, keep_up, on_restart, open_as_set
+from device_agent.engines import candidates, keep_up, on_restart, open_as_set, why_down
 from device_agent.engines.base import Engine, EngineError, EngineSettings
 from device_agent.engines.source import EngineSource
 from device_agent.errors import Refused
@@ -72,6 +72,11 @@ class LoadedModel:
     def version(self) -> str:
         """The version as the protocol writes it."""
         return str(self.manifest.version)
+
+    @property
+    def why_down(self) -> str:
+        """Why it cannot answer at the moment although it is loaded; empty: it can."""
+        return why_down(self.engine)
 
 
 class Models:

@@ -92,7 +92,7 @@ async def _serve(
         await doors.open_late(passed)
         followers = _start_following(config, lifecycle, metrics)
         control_server = await control.start(config.control_socket, lifecycle, passed.get("control"))
-    service.ready = True
+    service.loaded = True
     _log.info("listening %s", _listening(doors.where, config, passed))
     manager.status("serving")
     manager.ready()
@@ -104,7 +104,7 @@ async def _serve(
     manager.stopping()
     manager.status("finishing accepted requests")
     _log.info("stopping: finishing accepted requests")
-    service.ready = False
+    service.loaded = False
     control_server.close()
     if followers is not None:
         followers.stop()

@@ -18,6 +18,10 @@ from device_agent.batching.share import EngineShare, Tenant
 from device_agent.engines.base import Engine
 from device_agent.metrics import ModelMetrics
 
+# Of the loop, before the next run on it. In each it reads once from every connection, after what was planned
+# for it: a new one is accepted, then its first request is read, of a long one the head and then the body.
+_READING_ROUNDS = 4
+
 __all__ = ["Batcher", "BatcherSettings", "DeadlineExceeded", "Job", "QueueFull"]
 
 
@@ -129,6 +133,19 @@ class Batcher:
             self._pump_planned = True
             asyncio.get_running_loop().call_soon(self._planned_pump)
 
+    def _plan_pump_after_reading(self) -> None:
+        """As :meth:`_plan_pump`, after what came while a run held up the loop."""
+        if not self._pump_planned:
+            self._pump_planned = True
+            self._read_on(_READING_ROUNDS)
+
+    def _read_on(self, rounds: int) -> None:
+        loop = asyncio.get_running_loop()
+        if rounds == 1:
+            loop.call_soon(self._planned_pump)
+        else:
+            loop.call_soon(self._read_on, rounds - 1)
+
     def _planned_pump(self) -> None:
         self._pump_planned = False
         self._pump()
@@ -170,7 +187,9 @@ class Batcher:
         if expected_s is not None and expected_s < self._scheduler.inline_below_s:
             execute(self._engine, batch)
             self._settle(batch)
-            if len(self._scheduler.queue):
+            if self._scheduler.minds_arrivals:
+                self._plan_pump_after_reading()
+            elif len(self._scheduler.queue):
                 self._plan_pump()
             self._answer(batch)  # now: the next run on the loop would hold them up
             return

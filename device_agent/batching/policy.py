@@ -64,11 +64,13 @@ class Learned:
         predict_s: seconds for a number of rows; None: not known yet.
         handover_s: what every batch costs besides its run.
         company: who is about to join.
+        steady_rows: what :func:`steady_size` found lately; 0: it is worked out when it is needed.
     """
 
     predict_s: Predict
     handover_s: float = 100e-6
     company: Company = NOBODY
+    steady_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def _company_pays(
     settings: PolicySettings,
 ) -> bool:
     company = learned.company
-    size = steady_size(learned, settings)
+    size = learned.steady_rows or steady_size(learned, settings)
     gain_s = saved_s(rows, company.rows, learned, size)
     wait_s = max(0.0, company.likely_s - now_s)
     if wait_s >= _WAIT_WORTH_FRACTION * gain_s:

@@ -221,11 +221,19 @@ class Scheduler:
         alone = self._settings.one_core and not (self._horizon_s and self._returns.anybody_away)
         return _INLINE_ON_ONE_CORE_BELOW_S if alone else INLINE_BELOW_S
 
+    @property
+    def minds_arrivals(self) -> bool:
+        """Whether something waits that should not run before later arrivals are known.
+
+        They may be of a higher level, or have less time than those that wait.
+        """
+        return bool(self.queue.timed) or (self._settings.batching.priority_levels > 1 and len(self.queue) > 0)
+
     # Learned
 
     def _learned(self, now_s: float) -> Learned:
         company = self._returns.company(now_s, self._horizon_s) if self._horizon_s else NOBODY
-        return Learned(self.latency.predict, self._handover_s(), company)
+        return Learned(self.latency.predict, self._handover_s(), company, self._steady_size)
 
     def _handover_s(self) -> float:
         one_s = self.latency.predict(1)
@@ -281,6 +289,9 @@ class Scheduler:
             if now_s > job.start_by_s
             or now_s + max(run_s, self.latency.predict(job.rows) or 0.0) > job.finish_by_s
         ])  # fmt: skip
+        for job in late:
+            if job.forecast_s:
+                self._learn_error(job, now_s)  # else only those would count that were not held up much
         return [job for job in late if not self._delays(job)]
 
     def _delays(self, job: Job) -> bool:

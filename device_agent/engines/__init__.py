@@ -119,6 +119,12 @@ def on_restart(engine: Engine, callback: Callable[[], None]) -> None:
         isolated.on_restart = callback
 
 
+def why_down(engine: Engine) -> str:
+    """Why an isolated engine runs nothing at the moment; empty: it does."""
+    isolated = _isolated(engine)
+    return "" if isolated is None else isolated.why_down
+
+
 def _isolated(engine: Engine) -> Optional[ProcessEngine]:
     if engine.process == os.getpid():
         return None

@@ -73,6 +73,14 @@ class ProcessEngine:
         serving = self._serving
         return frozenset() if serving is None else serving.threads
 
+    @property
+    def why_down(self) -> str:
+        """Why nothing runs at the moment; empty: a process serves."""
+        return self._why_down() if self._serving is None else ""
+
+    def _why_down(self) -> str:
+        return f"its process is being started again after: {self.last_failure}"
+
     def keep_up(self, accept: Callable[[Engine], Any]) -> None:
         """Start the process again from now on whenever it ends.
 
@@ -85,7 +93,7 @@ class ProcessEngine:
         """See :meth:`device_agent.engines.base.Engine.run`."""
         serving = self._serving
         if serving is None:
-            raise EngineUnavailable(f"its process is being started again after: {self.last_failure}")
+            raise EngineUnavailable(self._why_down())
         return serving.run(inputs)
 
     def close(self) -> None:

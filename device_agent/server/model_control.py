@@ -32,10 +32,10 @@ class ModelControl:
         self._unloaded: Dict[str, LoadedModel] = {}  # bundles, by a client, which may load them again
 
     def index(self, ready_only: bool) -> List[Dict[str, str]]:
-        """Every version that serves, and what could, unless ``ready_only``."""
-        entries = [_entry(loaded, "READY", "") for loaded in self._models.serving()]
+        """Every version that is loaded, and what could be; ``ready_only``: those that can answer now."""
+        entries = [_loaded_entry(loaded) for loaded in self._models.serving()]
         if ready_only:
-            return entries
+            return [entry for entry in entries if entry["state"] == "READY"]
         unloaded = [bundle for name, bundle in self._unloaded.items() if self._models.get(name) is None]
         entries += [_entry(bundle, "UNAVAILABLE", "unloaded") for bundle in unloaded]
         entries += self._repository.index() if self._repository is not None else []
@@ -92,6 +92,11 @@ class ModelControl:
             return ()
         self._unloaded[name] = loaded
         return (loaded,)
+
+
+def _loaded_entry(loaded: LoadedModel) -> Dict[str, str]:
+    why_down = loaded.why_down
+    return _entry(loaded, "UNAVAILABLE" if why_down else "READY", why_down)
 
 
 def _entry(loaded: LoadedModel, state: str, reason: str) -> Dict[str, str]:

@@ -88,7 +88,7 @@ class InferenceService:
     """The Open Inference Protocol's operations on the loaded models.
 
     Attributes:
-        ready: whether every model that should serve has been loaded.
+        loaded: whether every model that should serve has been loaded, and the agent is not stopping.
         max_body_bytes: largest request, also after it is decompressed.
         regions: the registered shared memory.
     """
@@ -96,7 +96,7 @@ class InferenceService:
     def __init__(
         self, models: Models, metrics: Metrics, config: Config, repository: Optional[Repository] = None
     ) -> None:
-        self.ready = False
+        self.loaded = False
         self.max_body_bytes = config.limits.max_body_bytes
         self.regions = Regions()
         self._models = models
@@ -171,13 +171,18 @@ class InferenceService:
         """Name, version and extensions."""
         return {"name": "edgekit-agent", "version": __version__, "extensions": EXTENSIONS}
 
+    @property
+    def ready(self) -> bool:
+        """Whether every model that should serve can answer now, as Triton's strict readiness means it."""
+        return self.loaded and not any(model.why_down for model in self._models.serving())
+
     def model_ready(self, name: str, version: Optional[str] = None) -> bool:
         """Whether a model serves; one whose isolated engine is being started again does not meanwhile."""
         try:
             model = self.find(name, version)
         except ProtocolError:
             return False
-        return model.loaded.engine.process != 0
+        return not model.loaded.why_down
 
     def model_metadata(self, name: str, version: Optional[str] = None) -> Dict[str, Any]:
         """See :func:`device_agent.server.documents.model_metadata`; ProtocolError 404."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -112,21 +113,25 @@ class StandInEngine:
 class Bench:
     """A batcher on a stand-in engine, and what it answered."""
 
-    def __init__(self, max_batch_size: int = 8, max_queue_size: int = 100, **batching: Any) -> None:
+    def __init__(
+        self, max_batch_size: int = 8, max_queue_size: int = 100, one_core: bool = False, **batching: Any
+    ) -> None:
         self.engine = StandInEngine()
         self.metrics = ModelMetrics()
-        settings = BatcherSettings(max_batch_size, max_queue_size, Batching(**batching))
+        settings = BatcherSettings(max_batch_size, max_queue_size, Batching(**batching), one_core=one_core)
         self.batcher = Batcher(self.engine, settings, self.metrics)
         self.answers: Dict[float, Any] = {}
 
-    def submit(self, *values: float, key: str = "k", timeout_s: Optional[float] = None) -> Job:
+    def submit(
+        self, *values: float, key: str = "k", timeout_s: Optional[float] = None, priority: int = 0
+    ) -> Job:
         """Queue a request, which is known by its first value."""
         name = values[0]
 
         def on_done(job: Job) -> None:
             self.answers[name] = job.error or (job.outputs or {})["x"].tolist()
 
-        job = Job({"x": np.array(values, np.float32)}, len(values), key, on_done, timeout_s)
+        job = Job({"x": np.array(values, np.float32)}, len(values), key, on_done, timeout_s, priority)
         self.batcher.submit(job)
         return job
 
@@ -329,6 +334,35 @@ def test_every_request_is_answered_once_unless_its_client_left(plan: List[Tuple[
         if not leaves:
             failed = isinstance(bench.answers[number + 1.0], EngineError)
             assert failed == (fails and rows > 1)
+
+
+def test_a_request_of_a_higher_level_that_comes_during_a_run_is_next() -> None:
+    """What came while a run held up the event loop is read before the next run is chosen."""
+
+    async def scenario(bench: Bench) -> None:
+        bench.batcher.latency.observe(1, 1e-3)
+        ours, client = socket.socketpair()
+
+        def read() -> None:
+            loop.remove_reader(ours)
+            bench.submit(9.0, priority=1)
+
+        def send(inputs: Arrays) -> Dict[str, Any]:
+            if inputs["x"][0] == 1.0:
+                client.send(b"x")
+            return compute(inputs)
+
+        compute, bench.engine.run = bench.engine.run, send  # type: ignore[method-assign]  # lets it arrive
+        loop = asyncio.get_running_loop()
+        loop.add_reader(ours, read)
+        for value in (1.0, 2.0, 3.0):
+            bench.submit(value, priority=2)
+        await bench.batcher.drain()
+        ours.close()
+        client.close()
+
+    bench = run(scenario, max_batch_size=1, one_core=True, priority_levels=2, default_priority_level=2)
+    assert bench.engine.batches == [[1.0], [9.0], [2.0], [3.0]]
 
 
 # Several models

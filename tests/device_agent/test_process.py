@@ -324,7 +324,7 @@ def test_an_isolated_model_survives_its_crash_over_http(
 def test_an_isolated_model_is_not_ready_while_its_process_is_gone(
     tmp_path: Path, start_agent: Callable[..., AgentProcess]
 ) -> None:
-    """Both protocols say so until a new process has passed its check; Prometheus counts the restart."""
+    """Both protocols and the index say so until a new process passes its check; the restart is counted."""
     import tritonclient.grpc
     import tritonclient.http
 
@@ -346,9 +346,17 @@ def test_an_isolated_model_is_not_ready_while_its_process_is_gone(
         os.kill(next(iter(_children(agent.process.pid))), signal.SIGKILL)
         _until(lambda: not http.is_model_ready("model"))
         assert not grpc.is_model_ready("model")
+        assert not http.is_server_ready()
+        assert not grpc.is_server_ready()
+        assert http.is_server_live()
+        (entry,) = http.get_model_repository_index()
+        assert entry["state"] == "UNAVAILABLE"
+        assert "SIGKILL" in entry["reason"]
         held.rename(golden)
         _until(lambda: http.is_model_ready("model"))
         assert grpc.is_model_ready("model")
+        assert http.is_server_ready()
+        assert http.get_model_repository_index()[0]["state"] == "READY"
         _until(lambda: counter + "1.0" in _metrics_page(agent))
 
 

@@ -239,6 +239,14 @@ def test_no_level_starves_when_the_highest_alone_is_too_much() -> None:
     assert max(log.p99_s(level) for level in (1, 2, 3)) <= SLO_S
 
 
+def test_a_low_level_that_is_overtaken_all_the_time_is_refused_early() -> None:
+    """Requests that were given up count in the forecast too, so few wait in vain for their time to pass."""
+    log = _levels([0.4, 0.6, 1.0]).run(12.0)
+    waits_s = [seconds for level, seconds in log.refused if level == 3]
+    assert len(waits_s) > 0.5 * 10 * CAPACITY
+    assert sum(wait_s > 1e-3 for wait_s in waits_s) < 0.1 * len(waits_s)
+
+
 # Requests of several rows
 
 

@@ -12,7 +12,7 @@ from serving.scenarios.isolation import isolation, reloads
 from serving.scenarios.latency import alone, latency, shared_memory
 from serving.scenarios.open_loop import open_loop
 from serving.scenarios.priorities import priorities
-from serving.scenarios.swaps import swaps
+from serving.scenarios.swaps import pauses, swaps
 from serving.scenarios.throughput import mlp, throughput
 
 SCENARIOS: dict[str, Callable[[Bench], Result]] = {
@@ -26,6 +26,7 @@ SCENARIOS: dict[str, Callable[[Bench], Result]] = {
     "sigterm": sigterm,
     "footprint": footprint,
     "swaps": swaps,
+    "pauses": pauses,
     "isolation": isolation,
     "reloads": reloads,
     "cores": cores,
