@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     trust = add("trust", _trust, "take a rotation document, or show the keys that count")
     trust.add_argument("document", type=Path, nargs="?", help="what `edgekit rotate-key` wrote")
     add("status", _status, "show what serves, how the last operation ended, and the keys that count")
+    add("connect", _connect, "the device's end of `edgekit deploy --to ssh://...`")
     add("check", _check, "can this device serve?")
     return parser
 
@@ -193,6 +194,12 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
+def _connect(options: argparse.Namespace) -> int:
+    from device_agent import connect
+
+    return connect.run(_config(options), sys.stdin.buffer, sys.stdout.buffer)
+
+
 def _check(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
@@ -233,20 +240,10 @@ def _ask(options: argparse.Namespace, message: Mapping[str, Any]) -> Any:
 
 def _act(config: Config, message: Mapping[str, Any]) -> Any:
     """Carry a request out on the store, in this process; an install self-tests here too."""
-    from device_agent.lifecycle import Lifecycle
-    from device_agent.metrics import Metrics
-    from device_agent.models import Models
+    from device_agent.offline import lifecycle_of
     from device_agent.server import control
-    from device_agent.signature import Trust
-    from device_agent.store import Store
 
-    trust = Trust(config.keys_dir, config.allow_unsigned)
-    with Store(config.state_dir) as store:
-        lifecycle = Lifecycle(store, trust, Models(config, Metrics()), config.timeouts)
-        if config.follow:
-            from device_agent.follow import report
-
-            lifecycle.show_followers(lambda: report.recorded(config.state_dir, config.follow))
+    with lifecycle_of(config) as lifecycle:
         return control.perform(lifecycle, message, _progress)
 
 

@@ -7,6 +7,7 @@ mistake never silently leaves a default in place.
     keys_dir = "/etc/edgekit/keys"
     allow_unsigned = false
     control_socket = "/run/edgekit-agent/control.sock"
+    control_socket_mode = 0o600
     threads = 0                       # 0: as many as the machine has cores
 
     [http]
@@ -177,6 +178,7 @@ class Config:
         keys_dir: the public keys that this device trusts.
         allow_unsigned: serve bundles without a signature; for development only.
         control_socket: the Unix socket of ``install``, ``activate`` and their kin.
+        control_socket_mode: its permissions; with 0o660 the members of the agent's group may administer it.
         http: where the Open Inference Protocol is served.
         grpc: where it is served over gRPC.
         metrics: where ``/metrics`` and the status page are served.
@@ -193,6 +195,7 @@ class Config:
     keys_dir: Path = Path("/etc/edgekit/keys")
     allow_unsigned: bool = False
     control_socket: Path = Path("/run/edgekit-agent/control.sock")
+    control_socket_mode: int = 0o600
     http: HttpAddress = HttpAddress(port=8000)
     grpc: GrpcAddress = GrpcAddress(port=8001)
     metrics: Address = Address(port=8002)
@@ -254,6 +257,13 @@ def _check(config: Config, source: str) -> None:
     _check_address(config.http, "http", source)
     if not 0 <= config.http.unix_mode <= 0o777:
         raise _wrong_type("http.unix_mode", "permissions such as 0o660", config.http.unix_mode, source)
+    if not 0 <= config.control_socket_mode <= 0o777 or config.control_socket_mode & 0o007:
+        raise _wrong_type(
+            "control_socket_mode",
+            "permissions such as 0o660, which give others none",
+            config.control_socket_mode,
+            source,
+        )
     _check_address(config.grpc, "grpc", source)
     _check_address(config.metrics, "metrics", source)
     positive = {

@@ -130,7 +130,7 @@ class Lifecycle:
                 signer = self._admission.admit(head, allow_downgrade)
                 abandon_interrupted(self._store, operation.name)
                 operation.fresh = not self._store.has(operation.name, operation.digest)
-                if operation.fresh:
+                if operation.fresh and not self._store.owns(bundle):
                     self._store.require_space(head)  # before the journal takes the last bytes
                 operation.enter("verified")
                 self._store.add(bundle, head)
@@ -221,6 +221,15 @@ class Lifecycle:
     def list(self) -> List[Dict[str, Any]]:
         """Describe every installed version."""
         return [version.describe() for version in self._store.list()]
+
+    @property
+    def incoming(self) -> Path:
+        """Where bundles are put together of chunks; ``install`` moves them from there."""
+        return self._store.incoming
+
+    def holds(self, head: archive.Head) -> bool:
+        """Whether a version is installed, whole; reads all of it."""
+        return self._store.holds(head)
 
     # The machine
 

@@ -91,7 +91,9 @@ async def _serve(
             await repository.start()
         await doors.open_late(passed)
         followers = _start_following(config, lifecycle, metrics)
-        control_server = await control.start(config.control_socket, lifecycle, passed.get("control"))
+        control_server = await control.start(
+            config.control_socket, lifecycle, config.control_socket_mode, passed.get("control")
+        )
     service.loaded = True
     _log.info("listening %s", _listening(doors.where, config, passed))
     manager.status("serving")

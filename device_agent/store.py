@@ -3,6 +3,7 @@
     STATE_DIR/lock                              held by the one process that may write
     STATE_DIR/temporary/                        meaningless after a crash; emptied when the store is opened
     STATE_DIR/trust/                            what was learned about keys and versions (see trust_store)
+    STATE_DIR/incoming/                         bundles on their way; nothing in it is needed (see transfer)
     STATE_DIR/models/NAME/versions/DIGEST/      an unpacked bundle, published whole
     STATE_DIR/models/NAME/state.json            which version is active, which is the fallback
     STATE_DIR/models/NAME/journal.json          the last operation on this model (see journal)
@@ -141,6 +142,19 @@ class Store:
         """Where a version lies, or would lie."""
         return self._model(name) / "versions" / digest
 
+    @property
+    def incoming(self) -> Path:
+        """Where bundles are put together of chunks; ``add`` moves them from there."""
+        return self._root / "incoming" / "chunks"
+
+    def owns(self, bundle: Path) -> bool:
+        """Whether a bundle's directory lies in ``incoming``, and so in its space on the disk already."""
+        return self.incoming in bundle.parents and bundle.is_dir()
+
+    def holds(self, head: archive.Head) -> bool:
+        """Whether a version is installed, whole; reads all of it."""
+        return _is_whole(self.directory(head.manifest.name, head.digest), head)
+
     def has(self, name: str, digest: str) -> bool:
         """Whether a version is installed."""
         return self.directory(name, digest).is_dir()
@@ -192,7 +206,7 @@ class Store:
     # Writing
 
     def add(self, bundle: Path, head: archive.Head) -> bool:
-        """Copy a bundle into the store, checking every byte.
+        """Copy a bundle into the store, checking every byte; one in ``incoming`` is moved.
 
         Args:
             bundle: either form.
@@ -214,25 +228,33 @@ class Store:
             _log.error("installed version %s is damaged; it is replaced", head.digest)
             with disk_errors("the damaged version cannot be removed"):
                 durable.remove(final, self._temporary)
+        with disk_errors(f"the bundle {head.manifest.name!r} cannot be stored"):
+            if self.owns(bundle):
+                archive.check_files(bundle, head.manifest)
+                durable.make_directory(final.parent)
+                durable.publish(bundle, final)
+            else:
+                self._copy(bundle, head, final)
+        return True
+
+    def _copy(self, bundle: Path, head: archive.Head, final: Path) -> None:
         self.require_space(head)
         temporary = self._temporary / head.digest
-        with disk_errors(f"the bundle {head.manifest.name!r} cannot be stored"):
-            try:
-                durable.empty(temporary)
-                archive.unpack(bundle, head, temporary)
-                durable.make_directory(final.parent)
-                durable.publish(temporary, final)
-            except BaseException:
-                durable.empty(temporary)
-                raise
-        return True
+        try:
+            durable.empty(temporary)
+            archive.unpack(bundle, head, temporary)
+            durable.make_directory(final.parent)
+            durable.publish(temporary, final)
+        except BaseException:
+            durable.empty(temporary)
+            raise
 
     def require_space(self, head: archive.Head, beside_bytes: int = 0) -> None:
         """Refuse before a byte is copied, rather than fill the disk.
 
         Args:
             head: of the bundle.
-            beside_bytes: what will be written to the same disk besides.
+            beside_bytes: what will be written to the same disk besides; below zero: what is there already.
 
         Raises:
             Refused: the bundle does not fit, with some room to spare for what the store itself writes.

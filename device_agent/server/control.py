@@ -8,8 +8,9 @@
 
 Operations and their arguments: ``install`` (bundle, activate, allow_downgrade), ``activate`` (digest),
 ``rollback`` (name), ``remove`` (digest), ``trust`` (document: the text of a rotation document), ``list``,
-``status``, ``keys``. The socket's file permissions are the access control: it belongs
-to its owner alone. Several requests may follow each other on one connection.
+``status``, ``keys``, ``agent``. The socket's file permissions are the access control: unless the configuration
+says otherwise, it belongs to its owner alone. Several requests may follow each other on one connection. Who
+asked for a change is logged. How a bundle comes over a connection is in ``device_agent.transfer.session``.
 """
 
 from __future__ import annotations
@@ -17,15 +18,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import platform
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional
 
+from device_agent import __version__
 from device_agent.errors import AgentError, BadInput, Refused
 from device_agent.lifecycle import Lifecycle
-from device_agent.server.unix_socket import bind, unlinked
+from device_agent.server.unix_socket import bind, peer_of, unlinked
+from device_agent.transfer.incoming import Incoming
+from device_agent.transfer.session import OPERATIONS as TRANSFERS
+from device_agent.transfer.session import Session
 
 MAX_LINE_BYTES = 64 * 1024
 
@@ -34,27 +41,34 @@ _Handler = Callable[[Lifecycle, "_Arguments", Callable[[str], None]], Any]
 
 
 async def start(
-    path: Path, lifecycle: Lifecycle, passed: Optional[socket.socket] = None
+    path: Path, lifecycle: Lifecycle, mode: int = 0o600, passed: Optional[socket.socket] = None
 ) -> asyncio.AbstractServer:
     """Answer on the Unix socket ``path``, and make the lifecycle's switches on the running loop.
 
-    The socket has mode 0600 from the moment it exists; a missing parent directory is created with 0700; a
-    socket that no process listens on is replaced.
+    The socket has its mode from the moment it exists; a missing parent directory is created with 0700, or
+    0755 where the group may connect; a socket that no process listens on is replaced.
 
     Args:
         path: where the socket is made.
         lifecycle: what is administered.
+        mode: the socket's permissions.
         passed: a socket that the service manager opened and keeps open, in the place of ``path``.
 
     Raises:
         Refused: another agent answers there.
         BadInput: something else than a socket is in the way, or the path cannot be used.
     """
-    listener = passed or bind(path, 0o600, "control_socket")
+    listener = passed or bind(path, mode, "control_socket")
     lifecycle.bind(asyncio.get_running_loop())
     connections = _Connections(lifecycle)
     kept = unlinked(passed is not None)
     return await asyncio.start_unix_server(connections.serve, sock=listener, limit=MAX_LINE_BYTES, **kept)
+
+
+async def answer(connection: socket.socket, lifecycle: Lifecycle) -> None:
+    """Answer on one connection until its other end is closed; where no agent runs."""
+    reader, writer = await asyncio.open_connection(sock=connection, limit=MAX_LINE_BYTES)
+    await _Connections(lifecycle).serve(reader, writer)
 
 
 def request(path: Path, message: Mapping[str, Any], on_state: Callable[[str], None]) -> Any:
@@ -177,6 +191,17 @@ def _status(lifecycle: Lifecycle, arguments: _Arguments, on_state: Callable[[str
     return lifecycle.status()
 
 
+def _agent(lifecycle: Lifecycle, arguments: _Arguments, on_state: Callable[[str], None]) -> Any:
+    """What a fleet's owner asks every device."""
+    arguments.end()
+    return {
+        "version": __version__,
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "models": lifecycle.status(),
+    }
+
+
 _OPERATIONS: Dict[str, _Handler] = {
     "install": _install,
     "activate": _activate,
@@ -186,8 +211,9 @@ _OPERATIONS: Dict[str, _Handler] = {
     "list": _list,
     "status": _status,
     "keys": _keys,
+    "agent": _agent,
 }
-_REPORTS = ("list", "status", "keys")
+_REPORTS = ("list", "status", "keys", "agent")
 
 
 # Connections
@@ -200,18 +226,21 @@ class _Connections:
         self._lifecycle = lifecycle
         self._changes = ThreadPoolExecutor(1, thread_name_prefix="control-change")
         self._reports = ThreadPoolExecutor(1, thread_name_prefix="control-report")
+        self._transfers = ThreadPoolExecutor(1, thread_name_prefix="control-transfer")
+        self._incoming = Incoming(lifecycle)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        session = Session(self._incoming, self._transfers, reader)
         try:
             while True:
                 line = await self._read_line(reader, writer)
-                if line is None:
+                if line is None or not await self._answer(line, session, writer):
                     break
-                await self._answer(line, writer)
                 await writer.drain()
         except ConnectionError:
             _log.info("a control client went away")
         finally:
+            session.close()
             writer.close()
 
     async def _read_line(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Optional[bytes]:
@@ -220,36 +249,63 @@ class _Connections:
         except asyncio.IncompleteReadError:
             return None
         except asyncio.LimitOverrunError:
-            _send(writer, _failure(_bad_request(f"a line is longer than {MAX_LINE_BYTES} bytes")))
+            _send(writer, failure(_bad_request(f"a line is longer than {MAX_LINE_BYTES} bytes")))
             await writer.drain()
             return None
 
-    async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, line: bytes, session: Session, writer: asyncio.StreamWriter) -> bool:
+        """Carry out one request; return whether another can follow it."""
+        message: Mapping[str, Any] = {}
+        try:
+            message = _parse(line)
+            result = await self._carry_out(message, session, writer)
+        except AgentError as error:
+            _send(writer, failure(error))
+            # The bytes that follow such a request are unread: what comes next cannot be told from them.
+            return message.get("op") not in TRANSFERS
+        except ConnectionError:
+            raise
+        except Exception as error:  # the agent must answer and go on, whatever an engine raised
+            _log.exception("a control request failed unexpectedly")
+            why = f"{type(error).__name__}: {error}"
+            _send(writer, failure(AgentError("the agent failed unexpectedly", why, "look at its log")))
+            return message.get("op") not in TRANSFERS
+        _send(writer, {"ok": True, "result": result})
+        return True
+
+    async def _carry_out(
+        self, message: Mapping[str, Any], session: Session, writer: asyncio.StreamWriter
+    ) -> Any:
         loop = asyncio.get_running_loop()
+        operation = message.get("op")
+        pool = self._reports if operation in _REPORTS else self._changes
 
         def on_state(state: str) -> None:
             loop.call_soon_threadsafe(_send, writer, {"state": state})
 
-        try:
-            message, pool = self._parse(line)
-            result = await loop.run_in_executor(pool, perform, self._lifecycle, message, on_state)
-        except AgentError as error:
-            _send(writer, _failure(error))
-        except Exception as error:  # the agent must answer and go on, whatever an engine raised
-            _log.exception("a control request failed unexpectedly")
-            why = f"{type(error).__name__}: {error}"
-            _send(writer, _failure(AgentError("the agent failed unexpectedly", why, "look at its log")))
-        else:
-            _send(writer, {"ok": True, "result": result})
+        async def run(arguments: Mapping[str, Any]) -> Any:
+            return await loop.run_in_executor(pool, perform, self._lifecycle, arguments, on_state)
 
-    def _parse(self, line: bytes) -> Tuple[Mapping[str, Any], ThreadPoolExecutor]:
-        try:
-            message = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise _bad_request("the line is not JSON") from error
-        if not isinstance(message, dict):
-            raise _bad_request("the line is not a JSON object")
-        return message, self._reports if message.get("op") in _REPORTS else self._changes
+        if operation not in _REPORTS:
+            _log.info("%s, asked for by %s", operation, peer_of(writer.get_extra_info("socket")))
+        if operation == "offer":
+            return await session.offer(message)
+        if operation == "receive":
+            return await session.receive(partial(_send, writer))
+        if operation == "install" and message.get("offered") is True:
+            rest = {key: value for key, value in message.items() if key != "offered"}
+            return await session.install(lambda path: run({**rest, "bundle": path}))
+        return await run(message)
+
+
+def _parse(line: bytes) -> Mapping[str, Any]:
+    try:
+        message = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _bad_request("the line is not JSON") from error
+    if not isinstance(message, dict):
+        raise _bad_request("the line is not a JSON object")
+    return message
 
 
 def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:
@@ -257,7 +313,8 @@ def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:
         writer.write(json.dumps(message).encode() + b"\n")
 
 
-def _failure(error: AgentError) -> Dict[str, Any]:
+def failure(error: AgentError) -> Dict[str, Any]:
+    """The answer that carries an error to the client."""
     return {
         "ok": False,
         "what": error.what,

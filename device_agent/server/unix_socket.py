@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pwd
 import socket
 import stat
+import struct
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict
@@ -93,3 +95,14 @@ def _remove_stale(path: Path, key: str) -> None:
         "two agents cannot share a socket, nor a store",
         "stop it before starting this one",
     )
+
+
+def peer_of(connection: socket.socket) -> str:
+    """Who is at the other end of a Unix socket, for the log: the user's name and the process."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    process, user, _ = struct.unpack("3i", credentials)
+    try:
+        name = pwd.getpwuid(user).pw_name
+    except KeyError:
+        name = str(user)
+    return f"{name} (process {process})"
