@@ -8,9 +8,10 @@
 
 Operations and their arguments: ``install`` (bundle, activate, allow_downgrade), ``activate`` (digest),
 ``rollback`` (name), ``remove`` (digest), ``trust`` (document: the text of a rotation document), ``list``,
-``status``, ``keys``, ``agent``. The socket's file permissions are the access control: unless the configuration
-says otherwise, it belongs to its owner alone. Several requests may follow each other on one connection. Who
-asked for a change is logged. How a bundle comes over a connection is in ``device_agent.transfer.session``.
+``status``, ``keys``, ``agent``. The socket's file permissions are the access control: unless the
+configuration says otherwise, it belongs to its owner alone. Several requests may follow each other on one
+connection. Who asked for a change is logged. How a bundle comes over a connection is in
+``device_agent.transfer.session``.
 """
 
 from __future__ import annotations
