@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import List
 
@@ -19,6 +20,7 @@ from device_agent.signature import Trust
 from device_agent.trust_store import TrustStore
 
 _MIN_PYTHON = (3, 8)
+_MIN_CERTIFICATE_DAYS = 30
 _MIN_FREE_BYTES = 256 * 1024 * 1024
 
 
@@ -48,6 +50,7 @@ def check(config: Config) -> List[Finding]:
         _state_dir(config.state_dir),
         _memory(),
         _keys(config),
+        *([_tls(config)] if config.tls.enabled else []),
     ]
 
 
@@ -105,3 +108,18 @@ def _is_usable(path: Path) -> bool:
 
 def _names(ring: KeyRing) -> List[str]:
     return [f"{key.public.name} (retired)" if key.retired else key.public.name for key in ring.keys.values()]
+
+
+def _tls(config: Config) -> Finding:
+    from cryptography import x509
+
+    from device_agent.server.access import Access
+
+    try:
+        _, certificate, _ = Access(config.tls).pem()
+    except BadInput as error:
+        return Finding("tls", "missing", f"{error.what}: {error.why}")
+    ends = x509.load_pem_x509_certificate(certificate).not_valid_after_utc
+    left_days = (ends - datetime.now(timezone.utc)).days
+    status = "ok" if left_days >= _MIN_CERTIFICATE_DAYS else "warning"
+    return Finding("tls", status, f"{config.tls.certificate} is valid until {ends:%Y-%m-%d}")

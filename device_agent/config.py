@@ -25,6 +25,11 @@ mistake never silently leaves a default in place.
     host = "127.0.0.1"
     port = 8002
 
+    [tls]                             # without it, everything listens on loopback alone
+    certificate = "/etc/edgekit/tls/server.pem"
+    key = "/etc/edgekit/tls/server.key"
+    token_file = "/etc/edgekit/tls/tokens"
+
     [limits]
     max_body_bytes = 67108864
 
@@ -76,7 +81,7 @@ class Address:
     """A TCP address to listen on.
 
     Attributes:
-        host: a loopback address or ``localhost``.
+        host: a loopback address or ``localhost``; any other only with ``[tls]``.
         port: 0 takes any free port.
     """
 
@@ -107,6 +112,29 @@ class GrpcAddress(Address):
     """
 
     enabled: Optional[bool] = None
+
+
+@dataclass(frozen=True)
+class Tls:
+    """TLS 1.2 or newer for every TCP listener, in the table ``[tls]``; Unix sockets have file permissions.
+
+    Attributes:
+        certificate: PEM file with the certificate and those between it and its root; empty: no TLS.
+        key: PEM file with its private key, not encrypted, and not readable by everybody.
+        client_ca: PEM file; clients must have a certificate that one of these authorities signed. Read at the
+            start only, the other files whenever they change.
+        token_file: clients must send one of these lines as ``Authorization: Bearer``.
+    """
+
+    certificate: str = ""
+    key: str = ""
+    client_ca: str = ""
+    token_file: str = ""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether TCP listeners speak TLS."""
+        return bool(self.certificate)
 
 
 @dataclass(frozen=True)
@@ -182,6 +210,7 @@ class Config:
         http: where the Open Inference Protocol is served.
         grpc: where it is served over gRPC.
         metrics: where ``/metrics`` and the status page are served.
+        tls: what the TCP listeners ask of a client.
         threads: threads that one inference may use; 0: as many as the machine has cores.
         batching: how requests are put together.
         probation: when a new version has proven itself.
@@ -199,6 +228,7 @@ class Config:
     http: HttpAddress = HttpAddress(port=8000)
     grpc: GrpcAddress = GrpcAddress(port=8001)
     metrics: Address = Address(port=8002)
+    tls: Tls = Tls()
     limits: Limits = field(default_factory=Limits)
     batching: Batching = field(default_factory=Batching)
     probation: ProbationSettings = field(default_factory=ProbationSettings)
@@ -221,7 +251,7 @@ def load(path: Optional[Path] = None) -> Config:
 
     Raises:
         BadInput: the file is missing or malformed, has an unknown key or a wrong type, or asks for a bind
-            address that is not loopback.
+            address that is not loopback without TLS and a way to tell clients apart.
     """
     if path is None:
         if not DEFAULT_PATH.exists():
@@ -254,7 +284,8 @@ def _read(path: Path) -> str:
 
 def _check(config: Config, source: str) -> None:
     """Check what types cannot say."""
-    _check_address(config.http, "http", source)
+    _check_tls(config.tls, source)
+    _check_address(config.http, "http", config.tls, source)
     if not 0 <= config.http.unix_mode <= 0o777:
         raise _wrong_type("http.unix_mode", "permissions such as 0o660", config.http.unix_mode, source)
     if not 0 <= config.control_socket_mode <= 0o777 or config.control_socket_mode & 0o007:
@@ -264,8 +295,8 @@ def _check(config: Config, source: str) -> None:
             config.control_socket_mode,
             source,
         )
-    _check_address(config.grpc, "grpc", source)
-    _check_address(config.metrics, "metrics", source)
+    _check_address(config.grpc, "grpc", config.tls, source)
+    _check_address(config.metrics, "metrics", config.tls, source)
     positive = {
         f"{table}.{f.name}": getattr(settings, f.name)
         for table, settings in (("limits", config.limits), ("timeouts", config.timeouts))
@@ -320,18 +351,34 @@ def _no_meaning(name: str, expected: str, source: str) -> BadInput:
     return BadInput(f"{source} cannot be used", f"'{name}' has no meaning", f"make '{name}' {expected}")
 
 
-def _check_address(address: Address, name: str, source: str) -> None:
-    if not 0 <= address.port <= 65535:
-        raise _wrong_type(f"{name}.port", "a port from 0 to 65535", address.port, source)
-    if not _is_loopback(address.host):
+def _check_tls(tls: Tls, source: str) -> None:
+    if bool(tls.certificate) != bool(tls.key):
         raise BadInput(
             f"{source} cannot be used",
-            f"'{name}.host' is {address.host!r}: without TLS and a token anyone on the network could use it",
-            "bind to 127.0.0.1 or ::1, and reach the device through an SSH tunnel or a TLS proxy on it",
+            "'tls.certificate' and 'tls.key' belong together, and one is missing",
+            "give both, or neither",
+        )
+    if tls.enabled != bool(tls.client_ca or tls.token_file):
+        raise BadInput(
+            f"{source} cannot be used",
+            "'tls' needs a certificate and a way to tell clients apart",
+            "give 'tls.certificate' and 'tls.key', and 'tls.token_file' or 'tls.client_ca' or both",
         )
 
 
-def _is_loopback(host: str) -> bool:
+def _check_address(address: Address, name: str, tls: Tls, source: str) -> None:
+    if not 0 <= address.port <= 65535:
+        raise _wrong_type(f"{name}.port", "a port from 0 to 65535", address.port, source)
+    if not tls.enabled and not is_loopback(address.host):
+        raise BadInput(
+            f"{source} cannot be used",
+            f"'{name}.host' is {address.host!r}: without TLS and a token anyone on the network could use it",
+            "bind to 127.0.0.1 or ::1, or give '[tls]' a certificate and a token file or a client authority",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
     if host == "localhost":
         return True
     try:

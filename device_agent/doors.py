@@ -18,6 +18,7 @@ from device_agent.server.status import StatusRoutes
 from device_agent.systemd.activation import Passed, describe
 
 if TYPE_CHECKING:
+    from device_agent.server.access import Access
     from device_agent.server.grpc_server import GrpcServer
 
 _STATUS_DRAIN_S = 1.0
@@ -50,13 +51,18 @@ class Doors:
             service: what answers inference.
             status: what answers on the metrics port.
             metrics: counts the failures.
+
+        Raises:
+            BadInput: a file of ``[tls]`` cannot be used.
         """
         self.where: Dict[str, str] = {}
         self._config = config
         self._service = service
         self._metrics = metrics
-        self._http = HttpServer(InferenceRoutes(service), config.limits, metrics.count_http_error)
-        self._status = HttpServer(status, config.limits, metrics.count_http_error)
+        self._access = _open_access(config)
+        limits, count_error = config.limits, metrics.count_http_error
+        self._http = HttpServer(InferenceRoutes(service), limits, count_error, self._access)
+        self._status = HttpServer(status, limits, count_error, self._access)
         self._grpc: Optional[GrpcServer] = None
 
     async def open_early(self, passed: Passed, *, grpc_by_default: bool) -> None:
@@ -133,7 +139,16 @@ class Doors:
                 str(error),
                 "install edgekit-agent[grpc], or set enabled = false under [grpc] in agent.toml",
             ) from error
-        return GrpcServer(self._service, self._config.limits, self._metrics.count_grpc_error)
+        limits, count_error = self._config.limits, self._metrics.count_grpc_error
+        return GrpcServer(self._service, limits, count_error, self._access)
+
+
+def _open_access(config: Config) -> Optional[Access]:
+    if not config.tls.enabled:
+        return None
+    from device_agent.server.access import Access  # OpenSSL, which costs memory
+
+    return Access(config.tls)
 
 
 async def _listen(server: Server, address: Address) -> str:

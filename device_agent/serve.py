@@ -69,7 +69,8 @@ async def _serve(
 ) -> int:
     loop = asyncio.get_running_loop()
     passed = activation.take(os.environ)
-    activation.refuse_remote(passed)
+    if not config.tls.enabled:
+        activation.refuse_remote(passed)
     if config.allow_unsigned:
         _log.warning("allow_unsigned is set: anyone who can hand this device a bundle decides what it serves")
     metrics = Metrics()

@@ -20,6 +20,7 @@ from device_agent.server.request import Request
 from device_agent.tensors import Buffer
 
 if TYPE_CHECKING:
+    from device_agent.server.access import Access
     from device_agent.server.http import HttpServer
 
 JSON = b"application/json"
@@ -43,8 +44,8 @@ class Connection(Receiver):
         on_cancel: called if the client goes away before its request is answered.
     """
 
-    def __init__(self, server: HttpServer) -> None:
-        super().__init__(server.limits)
+    def __init__(self, server: HttpServer, access: Optional[Access] = None) -> None:
+        super().__init__(server.limits, access)
         self.on_cancel: Optional[Callable[[], Any]] = None
         self._server = server
         self._spare_until_s = 0.0
@@ -159,7 +160,7 @@ class Connection(Receiver):
         if self._transport is not None:
             self._transport.write(b"".join([head, *parts]))
 
-    def _fail(self, status: int, message: str) -> None:
+    def _fail(self, status: int, message: str, headers: bytes = b"") -> None:
         """Answer a request that cannot be received, and close when all before it are answered."""
         if self._closing or self._stopped:
             return
@@ -167,7 +168,7 @@ class Connection(Receiver):
         if self._has_work():
             self._stop_reading()  # those before it still get their answers
             return
-        self._write(status, [error_body(message)], JSON, b"Connection: close\r\n")
+        self._write(status, [error_body(message)], JSON, b"Connection: close\r\n" + headers)
         self._linger()
 
     # Ending

@@ -7,7 +7,8 @@ import inspect
 import logging
 import time
 from functools import partial
-from typing import Any, Callable, Dict, Mapping, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Optional, Tuple
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -19,6 +20,9 @@ from device_agent.server.grpc_messages import SCHEMA
 from device_agent.server.grpc_status import CountError, abort
 from device_agent.server.service import INTERNAL_ERROR, InferenceService
 from device_agent.server.wire import WireError
+
+if TYPE_CHECKING:
+    from device_agent.server.access import Access
 
 SERVICE = "inference.GRPCInferenceService"
 
@@ -35,21 +39,36 @@ _log = logging.getLogger(__name__)
 class GrpcServer:
     """A listener for gRPC."""
 
-    def __init__(self, service: InferenceService, limits: Limits, count_error: CountError) -> None:
+    def __init__(
+        self,
+        service: InferenceService,
+        limits: Limits,
+        count_error: CountError,
+        access: Optional[Access] = None,
+    ) -> None:
         """Create a server that does not listen yet; call it on the event loop.
 
         Args:
             service: what answers.
             limits: what a client may cost.
             count_error: told the status code of every failed request.
+            access: who may come in; None: everybody, without TLS.
         """
+        self._access = access
         self._inference = GrpcInference(service, count_error)
         self._server = grpc.aio.server(
             options=_options(limits), maximum_concurrent_rpcs=limits.max_connections
         )
-        methods = {name: _unary(call, count_error) for name, call in _calls(service).items()}
-        methods["ModelInfer"] = grpc.unary_unary_rpc_method_handler(self._inference.infer)
-        methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._inference.stream)
+        answers: Dict[str, Any] = {
+            name: partial(_answer, call, count_error) for name, call in _calls(service).items()
+        }
+        methods = {
+            name: grpc.unary_unary_rpc_method_handler(self._guarded(answer))
+            for name, answer in {**answers, "ModelInfer": self._inference.infer}.items()
+        }
+        methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+            self._guarded(self._inference.stream)
+        )
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
 
     async def start(self, address: Address) -> str:
@@ -63,7 +82,11 @@ class GrpcServer:
         """
         host = f"[{address.host}]" if ":" in address.host else address.host
         try:
-            port = self._server.add_insecure_port(f"{host}:{address.port}")
+            where = f"{host}:{address.port}"
+            if self._access is None:
+                port = self._server.add_insecure_port(where)
+            else:
+                port = self._server.add_secure_port(where, _credentials(self._access))
         except RuntimeError as error:
             raise OSError(f"gRPC cannot bind it: {error}") from error
         await self._server.start()
@@ -85,6 +108,42 @@ class GrpcServer:
         await self._server.stop(max(0.0, started_s + timeout_s - time.monotonic()))
         return time.monotonic() - started_s < timeout_s
 
+    def _guarded(self, answer: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        access, count_error = self._access, self._inference.count_error
+        if access is None:
+            return answer
+
+        async def guarded(request: Any, context: Any) -> Any:
+            metadata = dict(context.invocation_metadata() or ())
+            authorization = metadata.get("authorization")
+            refusal = access.refusal(
+                None if authorization is None else authorization.encode("latin-1", "replace"),
+                _address_of(context.peer()),
+            )
+            if refusal is not None:
+                error = ProtocolError(refusal.status, refusal.message, refusal.retry_after_s)
+                await abort(context, error, count_error)
+            return await answer(request, context)
+
+        return guarded
+
+
+def _address_of(peer: str) -> str:
+    """The address in what gRPC calls a peer: ``ipv4:192.0.2.1:50000``, ``ipv6:%5B2001:db8::1%5D:50000``."""
+    return unquote(peer.partition(":")[2]).rpartition(":")[0].strip("[]")
+
+
+def _credentials(access: Access) -> Any:
+    """TLS that takes a renewed certificate with the next connection."""
+
+    def current() -> Any:
+        key, certificate, client_ca = access.pem()
+        return grpc.ssl_server_certificate_configuration(((key, certificate),), client_ca)
+
+    return grpc.dynamic_ssl_server_credentials(
+        current(), current, require_client_authentication=access.needs_certificate
+    )
+
 
 def _options(limits: Limits) -> Tuple[Tuple[str, int], ...]:
     return (
@@ -94,10 +153,6 @@ def _options(limits: Limits) -> Tuple[Tuple[str, int], ...]:
         ("grpc.server_handshake_timeout_ms", round(limits.header_timeout_s * 1e3)),
         ("grpc.so_reuseport", 0),  # else a second agent would take the port too, and half of the requests
     )
-
-
-def _unary(call: Call, count_error: CountError) -> Any:
-    return grpc.unary_unary_rpc_method_handler(partial(_answer, call, count_error))
 
 
 async def _answer(call: Call, count_error: CountError, message: bytes, context: Any) -> bytes:

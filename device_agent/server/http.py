@@ -6,12 +6,15 @@ import asyncio
 import socket
 import time
 from pathlib import Path
-from typing import Callable, List, Optional, Set
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set
 
 from device_agent.config import Address, Limits
 from device_agent.server.connection import Connection
 from device_agent.server.request import Request
 from device_agent.server.unix_socket import bind, serve
+
+if TYPE_CHECKING:
+    from device_agent.server.access import Access
 
 _BACKLOG = 1024
 _SWEEP_S = 0.5
@@ -25,17 +28,25 @@ Handler = Callable[[Request, Connection], None]
 class HttpServer:
     """A listener and its connections."""
 
-    def __init__(self, handler: Handler, limits: Limits, count_error: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        limits: Limits,
+        count_error: Callable[[int], None],
+        access: Optional[Access] = None,
+    ) -> None:
         """Create a server that does not listen yet.
 
         Args:
             handler: called for each request; it, or something it starts, must call ``respond`` once.
             limits: what a client may cost.
             count_error: told the status of every error answer.
+            access: who may come in over TCP; None: everybody, without TLS.
         """
         self.handler = handler
         self.limits = limits
         self.count_error = count_error
+        self._access = access
         self.draining = False
         self.connections: Set[Connection] = set()
         self._servers: List[asyncio.Server] = []
@@ -53,7 +64,7 @@ class HttpServer:
         """
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
-            lambda: Connection(self), address.host, address.port, backlog=_BACKLOG
+            self._guarded, address.host, address.port, backlog=_BACKLOG, **self._tls()
         )
         self._serve_with(server)
         host, port = server.sockets[0].getsockname()[:2]
@@ -66,7 +77,7 @@ class HttpServer:
         else:
             loop = asyncio.get_running_loop()
             self._serve_with(
-                await loop.create_server(lambda: Connection(self), sock=listener, backlog=_BACKLOG)
+                await loop.create_server(self._guarded, sock=listener, backlog=_BACKLOG, **self._tls())
             )
 
     async def start_unix(self, path: Path, mode: int) -> None:
@@ -79,6 +90,15 @@ class HttpServer:
         listener = bind(path, mode, "http.unix")
         self._serve_with(await serve(lambda: Connection(self), listener))
         self._unix = path
+
+    def _guarded(self) -> Connection:
+        return Connection(self, self._access)
+
+    def _tls(self) -> Dict[str, Any]:
+        """How asyncio is told to speak TLS."""
+        if self._access is None:
+            return {}
+        return {"ssl": self._access.context, "ssl_handshake_timeout": self.limits.header_timeout_s}
 
     def _serve_with(self, server: asyncio.Server) -> None:
         self._servers.append(server)
@@ -138,6 +158,8 @@ class HttpServer:
 
     def _sweep(self) -> None:
         self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+        if self._access is not None:
+            self._access.refresh()
         now_s = time.monotonic()
         for connection in list(self.connections):
             connection.close_if_overdue(now_s)

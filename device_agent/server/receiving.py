@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from abc import abstractmethod
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import httptools
 
@@ -18,6 +18,9 @@ from device_agent.config import Limits
 from device_agent.server.body import Body
 from device_agent.server.request import KnownHead, Request, parse_length, without_upgrade
 from device_agent.tensors import Buffer
+
+if TYPE_CHECKING:
+    from device_agent.server.access import Access
 
 _CHUNKED = b"chunked"
 _RECEIVE_BYTES = 128 * 1024
@@ -37,8 +40,9 @@ _log = logging.getLogger(__name__)
 class Receiver(asyncio.BufferedProtocol):
     """Makes requests of the bytes of one client."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, access: Optional[Access]) -> None:
         self._limits = limits
+        self._access = access
         self._transport: Optional[asyncio.Transport] = None
         self._parser = httptools.HttpRequestParser(self)
         self._parser_waits = False  # for a body that it will not be given
@@ -58,7 +62,7 @@ class Receiver(asyncio.BufferedProtocol):
         """A request has come whole."""
 
     @abstractmethod
-    def _fail(self, status: int, message: str) -> None:
+    def _fail(self, status: int, message: str, headers: bytes = b"") -> None:
         """Answer a request that cannot be received, and close when all before it are answered."""
 
     # From the transport
@@ -93,6 +97,8 @@ class Receiver(asyncio.BufferedProtocol):
     def _repeat(self, known: KnownHead, position: int, count: int) -> int:
         """Take a request with the head of one before; the position after what was used."""
         request = known.request()
+        if self._access is not None and self._is_refused(self._access, request):
+            return count
         position += len(known.data)
         rest = self._body.expect(known.body_bytes, known.json_bytes)
         stop = position + known.body_bytes
@@ -191,6 +197,14 @@ class Receiver(asyncio.BufferedProtocol):
             part = "head is" if self._in_head else "chunk extensions and trailers are"
             self._fail(431, f"the request's {part} longer than {_MAX_HEAD_BYTES} bytes")
 
+    def _is_refused(self, access: Access, request: Request) -> bool:
+        """Refuse a request of somebody unknown before its body is read."""
+        peer = None if self._transport is None else self._transport.get_extra_info("peername")
+        refusal = access.refusal(request.headers.get(b"authorization"), peer[0] if peer else "")
+        if refusal is not None:
+            self._fail(refusal.status, refusal.message, refusal.headers)
+        return refusal is not None
+
     def on_message_begin(self) -> None:
         """A request starts."""
         if self._stopped or self._closing:
@@ -222,6 +236,8 @@ class Receiver(asyncio.BufferedProtocol):
         incoming.method = self._parser.get_method().decode("ascii")
         incoming.keep_alive = self._parser.should_keep_alive()
         incoming.is_http_1_0 = self._parser.get_http_version() == "1.0"
+        if self._access is not None and self._is_refused(self._access, incoming):
+            return
         if incoming.method == "CONNECT":
             incoming.keep_alive = False  # what follows is for whom it wants to be connected to
         elif self._parser.should_upgrade():

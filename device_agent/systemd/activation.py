@@ -50,7 +50,7 @@ def take(environment: MutableMapping[str, str]) -> Passed:
 
 
 def refuse_remote(passed: Passed) -> None:
-    """Let nobody in from the network: the rule for addresses in agent.toml holds for passed sockets too.
+    """Let nobody in from the network where there is no TLS: the rule of agent.toml for passed sockets too.
 
     Raises:
         BadInput: a TCP socket is bound to an address that is not loopback.
@@ -60,7 +60,7 @@ def refuse_remote(passed: Passed) -> None:
             raise _refused(
                 f"the one for {door} is bound to {describe(listener)}: without TLS and a token anyone on the"
                 " network could use it",
-                "bind to 127.0.0.1 or [::1], and reach the device through an SSH tunnel or a TLS proxy on it",
+                "bind to 127.0.0.1 or [::1], or give [tls] in agent.toml a certificate and a token file",
             )
 
 
