@@ -6,6 +6,7 @@ Standard library only; Python 3.8.
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Iterator, List, Set, Tuple
 
@@ -86,6 +87,7 @@ def _conditions(m: Manifest, reserved: Set[str]) -> List[Tuple[bool, str]]:
         (not _parents(listed) & {*listed, *reserved}, "a file's path passes through another file"),
         (all(safe_path(path) for path in listed), "a file's path leaves the bundle"),
         (not reserved & set(listed), "the manifest or the signature is listed as a file"),
+        (_unique(map(_folded, (*listed, *reserved))), "two paths differ only in case or Unicode form"),
         (all(_SHA256.fullmatch(f.sha256) for f in m.files), "a file's digest is not a SHA-256"),
         (all(f.size_bytes >= 0 for f in m.files), "a file's size is negative"),
         (set(paths) <= set(listed), "the graph, an engine or a golden file is not among the files"),
@@ -101,6 +103,11 @@ def _conditions(m: Manifest, reserved: Set[str]) -> List[Tuple[bool, str]]:
 
 def _parents(paths: List[str]) -> Set[str]:
     return {str(parent) for path in paths for parent in PurePosixPath(path).parents}
+
+
+def _folded(path: str) -> str:
+    """What a path is on a file system that tells neither case nor composed characters apart."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", path).casefold())
 
 
 def _unique(items: Any) -> bool:

@@ -20,6 +20,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _binding
 
 from device_agent.affinity import Placement, placed, policy_of_thread, threads_of
+from device_agent.engines import external_data
 from device_agent.engines.base import Arrays, Engine, EngineError, EngineSettings, InputError
 from device_agent.errors import Refused
 from device_agent.manifest import TensorSpec
@@ -62,9 +63,10 @@ def open_graph(path: Path, settings: EngineSettings) -> Engine:
     """Load an ONNX file on the CPU.
 
     Raises:
-        Refused: ONNX Runtime does not take the file.
+        Refused: ONNX Runtime does not take the file, or it reads files elsewhere (see ``external_data``).
     """
     try:
+        external_data.check(path)
         before = threads_of(os.getpid())
         with placed(settings.placement):  # the session's threads inherit it
             session = onnxruntime.InferenceSession(
@@ -73,7 +75,7 @@ def open_graph(path: Path, settings: EngineSettings) -> Engine:
             policy = "" if settings.placement.numa_node is None else policy_of_thread()
         started = threads_of(os.getpid()) - before
         return OnnxRuntimeEngine(session, frozenset(started - _threads_of_python()), policy)
-    except _ERRORS as error:
+    except (*_ERRORS, OSError) as error:
         raise Refused(
             f"ONNX Runtime {onnxruntime.__version__} does not load {path.name}",
             _first_line(error),
