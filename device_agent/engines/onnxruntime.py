@@ -52,6 +52,7 @@ _ERRORS: Tuple[Type[Exception], ...] = (
     ValueError,
     TypeError,
 )
+_LOAD_ERRORS: Tuple[Type[Exception], ...] = (*_ERRORS, OSError)
 
 
 def fingerprint() -> Mapping[str, str]:
@@ -75,7 +76,7 @@ def open_graph(path: Path, settings: EngineSettings) -> Engine:
             policy = "" if settings.placement.numa_node is None else policy_of_thread()
         started = threads_of(os.getpid()) - before
         return OnnxRuntimeEngine(session, frozenset(started - _threads_of_python()), policy)
-    except (*_ERRORS, OSError) as error:
+    except _LOAD_ERRORS as error:
         raise Refused(
             f"ONNX Runtime {onnxruntime.__version__} does not load {path.name}",
             _first_line(error),
