@@ -24,6 +24,8 @@ _READING_ROUNDS = 4
 
 __all__ = ["Batcher", "BatcherSettings", "DeadlineExceeded", "Job", "QueueFull"]
 
+_ALONE_AFTER = 8  # runs of one request each, with nobody else in sight
+
 
 class Batcher:
     """Queue, policy and engine of one loaded model. Not thread-safe: call it on the event loop.
@@ -54,7 +56,10 @@ class Batcher:
         self._share = share or EngineShare()
         self._tenant = Tenant(settings.weight, self._plan_pump)
         self._holds_place = False
+        self._loop: Optional[asyncio.AbstractEventLoop] = None
         self._pump_planned = False
+        self._alone_runs = 0  # since two requests were last seen at a time
+        self._ran_this_turn = False
         self._timer: Optional[asyncio.TimerHandle] = None
         self._idle_waiters: List[asyncio.Future[None]] = []
         self._thread: Optional[EngineThread] = None
@@ -88,7 +93,13 @@ class Batcher:
                 self._metrics.count_refused()
             raise
         self._metrics.queue_depth = len(self._scheduler.queue)
-        if not self._scheduler.busy:
+        if self._scheduler.busy or self._ran_this_turn:
+            self._alone_runs = 0
+        if self._alone_runs >= _ALONE_AFTER and not self._pump_planned:
+            self._pump()
+            self._ran_this_turn = True
+            self._running_loop().call_soon(self._end_turn)
+        elif not self._scheduler.busy:
             self._plan_pump()
 
     def cancel(self, job: Job) -> None:
@@ -129,9 +140,10 @@ class Batcher:
 
     def _plan_pump(self) -> None:
         # Not at once: requests that other connections have already sent are read first, and join.
+        # A client that has been alone for a while need not wait for others to be read.
         if not self._pump_planned:
             self._pump_planned = True
-            asyncio.get_running_loop().call_soon(self._planned_pump)
+            self._running_loop().call_soon(self._planned_pump)
 
     def _plan_pump_after_reading(self) -> None:
         """As :meth:`_plan_pump`, after what came while a run held up the loop."""
@@ -140,7 +152,7 @@ class Batcher:
             self._read_on(_READING_ROUNDS)
 
     def _read_on(self, rounds: int) -> None:
-        loop = asyncio.get_running_loop()
+        loop = self._running_loop()
         if rounds == 1:
             loop.call_soon(self._planned_pump)
         else:
@@ -149,6 +161,14 @@ class Batcher:
     def _planned_pump(self) -> None:
         self._pump_planned = False
         self._pump()
+
+    def _end_turn(self) -> None:
+        self._ran_this_turn = False
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:  # a batcher is made before its loop runs; asking each time costs a system call
+            self._loop = asyncio.get_running_loop()
+        return self._loop
 
     def _pump(self) -> None:
         """Start what should run now, if the engine is free and it is this model's turn."""
@@ -165,8 +185,7 @@ class Batcher:
         else:
             self._share.decline(self._tenant)
         if step.wake_at_s is not None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(step.wake_at_s - now_s, self._pump)
+            self._timer = self._running_loop().call_later(step.wake_at_s - now_s, self._pump)
         for job in step.late:
             if not job.probe:
                 self._metrics.count_late()
@@ -184,30 +203,39 @@ class Batcher:
     def _start(self, batch: List[Job]) -> None:
         expected_s = self._scheduler.expected_s(batch)
         self._scheduler.started(batch, time.monotonic())
+        self._alone_runs = self._alone_runs + 1 if self._is_alone(batch) else 0
         if expected_s is not None and expected_s < self._scheduler.inline_below_s:
-            execute(self._engine, batch)
-            self._settle(batch)
-            if self._scheduler.minds_arrivals:
-                self._plan_pump_after_reading()
-            elif len(self._scheduler.queue):
-                self._plan_pump()
-            self._answer(batch)  # now: the next run on the loop would hold them up
+            self._run_here(batch)
             return
         if self._thread is None:
-            loop = asyncio.get_running_loop()
+            loop = self._running_loop()
             self._thread = EngineThread(self._engine, loop, self._finish, self.settings.placement)
         self._thread.run(batch)
+
+    def _is_alone(self, batch: List[Job]) -> bool:
+        return len(batch) == 1 and len(self._scheduler.queue) == 0
+
+    def _run_here(self, batch: List[Job]) -> None:
+        """Run on the event loop, and answer before anything is learned of it."""
+        execute(self._engine, batch)
+        self._answer(batch)
+        self._settle(batch)
+        if self._scheduler.minds_arrivals:
+            self._plan_pump_after_reading()
+        elif len(self._scheduler.queue):
+            self._plan_pump()
 
     def _finish(self, batch: List[Job]) -> None:
         """A batch is back from the thread: set the engine to work again before anything else.
 
         Not on a single core, where it would hold up the answers.
         """
-        self._settle(batch)
         if self.settings.one_core:
             self._answer(batch)
+            self._settle(batch)
             self._pump()
         else:
+            self._settle(batch)
             self._pump()
             self._answer(batch)
 
@@ -216,19 +244,19 @@ class Batcher:
         if self._holds_place:
             used_s = batch[-1].finished_s - batch[0].started_s
             self._share.release(self._tenant, used_s, again=len(self._scheduler.queue) > 0)
+        self._notify_if_idle()
 
     def _answer(self, batch: List[Job]) -> None:
-        self._metrics.record_batch(batch)
         for job in batch:
             if not job.cancelled:
                 job.on_done(job)
-        self._notify_if_idle()
+        self._metrics.record_batch(batch)
 
     def _is_idle(self) -> bool:
         return not self._scheduler.busy and len(self._scheduler.queue) == 0
 
     def _notify_if_idle(self) -> None:
-        if not self._is_idle():
+        if not self._idle_waiters or not self._is_idle():
             return
         for waiter in self._idle_waiters:
             if not waiter.done():

@@ -110,6 +110,11 @@ class Connection(Receiver):
             _log.exception("%s %r failed", request.method, request.target)
             self.respond(500, [error_body("the agent failed; its log has the cause")])
 
+    def cancel_with(self, cancel: Callable[[], Any]) -> None:
+        """Call ``cancel`` if the client goes away; not where its request has been answered meanwhile."""
+        if self._active is not None:
+            self.on_cancel = cancel
+
     def respond(
         self,
         status: int,

@@ -88,7 +88,7 @@ class InferenceRoutes:
         body = decompress(request.body, headers.get(b"content-encoding"), service.max_body_bytes)
         infer = protocol.decode(body, _json_bytes(headers.get(b"inference-header-content-length")))
         on_done = partial(self._answer, connection, protocol, infer, headers.get(b"accept-encoding"))
-        connection.on_cancel = service.submit(model, infer, on_done)
+        connection.cancel_with(service.submit(model, infer, on_done))
 
     def _answer(
         self,

@@ -133,8 +133,8 @@ class InferenceService:
         Args:
             model: which model.
             request: checked by ``model.interface``.
-            on_done: called on the event loop when the job has an outcome. Must not raise: the other requests
-                of its batch come after it.
+            on_done: called on the event loop when the job has an outcome, which may be before this returns.
+                Must not raise: the other requests of its batch come after it.
 
         Returns:
             A function that forgets the request, for a client that is gone.

@@ -229,6 +229,27 @@ def test_a_cancel_during_the_run_does_not_disturb_the_others() -> None:
     assert 1.0 not in bench.answers
 
 
+def test_a_client_that_is_alone_is_answered_at_once_until_company_comes() -> None:
+    """A lone client's request waits for nobody; of clients that come together, requests share a run again."""
+    at_once = []
+
+    async def scenario(bench: Bench) -> None:
+        for value in map(float, range(40)):
+            bench.submit(value)
+            at_once.append(value in bench.answers)
+            await asyncio.sleep(0)
+            while value not in bench.answers:
+                await asyncio.sleep(0)
+        for _ in range(2):
+            for value in (101.0, 102.0, 103.0):
+                bench.submit(value)
+            await asyncio.sleep(0.05)
+
+    bench = run(scenario, one_core=True)
+    assert at_once[-1] and not at_once[0]
+    assert bench.engine.batches[-3:] == [[101.0], [102.0, 103.0], [101.0, 102.0, 103.0]]
+
+
 @pytest.mark.parametrize("bad", [-1.0, -1000.0])
 def test_a_failing_request_fails_alone(bad: float) -> None:
     """Whatever error a request provokes, the others of its batch are run again without it."""
