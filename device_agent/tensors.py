@@ -37,6 +37,7 @@ NUMPY_DTYPES: Dict[str, np.dtype[Any]] = {
 NO_JSON_FORM: FrozenSet[str] = frozenset({"FP16", "BF16"})
 
 _LENGTH = struct.Struct("<I")
+_COPIED_BYTES = 4096  # making a view costs more than copying so little
 
 
 class TensorError(ValueError):
@@ -72,10 +73,13 @@ def decode_binary(datatype: str, shape: Tuple[int, ...], data: memoryview) -> np
 
 
 def encode_binary(datatype: str, array: np.ndarray[Any, Any]) -> Buffer:
-    """Raw little-endian bytes of ``array``; a view on its memory where it is contiguous."""
+    """Raw little-endian bytes of ``array``; a view on its memory where it is large and contiguous."""
     if datatype == "BYTES":
         return b"".join(_LENGTH.pack(len(item)) + item for item in array.ravel().tolist())
-    contiguous = np.ascontiguousarray(array, dtype=NUMPY_DTYPES[datatype])
+    dtype = NUMPY_DTYPES[datatype]
+    if array.nbytes <= _COPIED_BYTES and array.dtype == dtype:
+        return array.tobytes()
+    contiguous = np.ascontiguousarray(array, dtype=dtype)
     return contiguous.reshape(-1).view(np.uint8).data
 
 

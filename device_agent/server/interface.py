@@ -6,7 +6,7 @@ protocol's "Inference Request JSON Object" describes, and the checks are made he
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Hashable, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -59,6 +59,7 @@ class RequestHead:
         outputs: what to answer, in this order.
         timeout_s: longest wait for the engine; None: no limit.
         priority: 1 is the highest; 0: the model's default.
+        openings: what answers to it began with, by the shapes and sizes of the outputs; a cache.
     """
 
     shapes: Mapping[str, Shape]
@@ -68,6 +69,7 @@ class RequestHead:
     outputs: Tuple[OutputWish, ...]
     timeout_s: Optional[float]
     priority: int = 0
+    openings: Dict[Hashable, bytes] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import numpy as np
 
@@ -34,9 +34,18 @@ from device_agent.server.interface import (
     no_shared_memory,
     put_shared,
 )
-from device_agent.tensors import Buffer, TensorError, decode_json, encode_binary, encode_json
+from device_agent.tensors import (
+    NUMPY_DTYPES,
+    Buffer,
+    TensorError,
+    decode_json,
+    element_count,
+    encode_binary,
+    encode_json,
+)
 
 _CACHED_PLANS = 64
+_CACHED_OPENINGS = 8  # for each plan; the shapes of most outputs follow from those of the inputs
 _CACHED_HEAD_BYTES = 4096
 
 
@@ -55,7 +64,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class _RawTensor:
-    """Where an input lies: behind the JSON, or in shared memory."""
+    """Where an input lies: behind the JSON, or in shared memory.
+
+    Attributes:
+        name: the input.
+        datatype: as the protocol calls it.
+        shape: of the tensor.
+        start, stop: where its data lies behind the JSON.
+        shared: where in shared memory.
+        viewed_as: how its data behind the JSON can be viewed at once; None: it must be looked at first.
+    """
 
     name: str
     datatype: str
@@ -63,6 +81,7 @@ class _RawTensor:
     start: int
     stop: int
     shared: Optional[SharedPart]
+    viewed_as: Optional[np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -74,6 +93,10 @@ class _Plan:
     raw: Tuple[_RawTensor, ...]
     raw_bytes: int
     arrays: Mapping[str, np.ndarray[Any, Any]]
+
+
+#: Shape of an output; and the size of its raw data, or what stands in its place in the JSON.
+_Described = Tuple[Tuple[int, ...], Union[int, str]]
 
 
 class ModelProtocol:
@@ -94,7 +117,7 @@ class ModelProtocol:
         self._view_shared = view_shared
         self._plans: Dict[bytes, _Plan] = {}
         self._names = {name: json.dumps(name) for name in interface.outputs}
-        self._opening = (
+        self._about = (
             f'{{"model_name":{json.dumps(interface.name)},"model_version":{json.dumps(interface.version)},'
         )
 
@@ -128,15 +151,18 @@ class ModelProtocol:
             )
         inputs = dict(plan.arrays)
         for tensor in plan.raw:
-            inputs[tensor.name] = decode_raw(
-                tensor.name, tensor.datatype, tensor.shape, self._raw_data(tensor, tail)
-            )
+            inputs[tensor.name] = self._view(tensor, tail)
         return InferRequest(plan.id, inputs, plan.head)
 
-    def _raw_data(self, tensor: _RawTensor, tail: memoryview) -> memoryview:
+    def _view(self, tensor: _RawTensor, tail: memoryview) -> np.ndarray[Any, Any]:
+        if tensor.viewed_as is not None:
+            array: np.ndarray[Any, Any] = np.ndarray(tensor.shape, tensor.viewed_as, tail, tensor.start)
+            return array if array.flags.aligned else array.copy()
         if tensor.shared is None:
-            return tail[tensor.start : tensor.stop]
-        return self._view_shared(tensor.shared.region, tensor.shared.offset, tensor.shared.byte_size)
+            data = tail[tensor.start : tensor.stop]
+        else:
+            data = self._view_shared(tensor.shared.region, tensor.shared.offset, tensor.shared.byte_size)
+        return decode_raw(tensor.name, tensor.datatype, tensor.shape, data)
 
     def _remember(self, head: bytes, plan: _Plan) -> None:
         if len(self._plans) >= _CACHED_PLANS:
@@ -161,7 +187,8 @@ class ModelProtocol:
             if size is None:
                 arrays[spec.name] = _decode_data(spec, shape, item)
             else:
-                raw.append(_RawTensor(spec.name, spec.dtype, shape, position, position + size, shared))
+                view = None if shared else _view_of(spec.dtype, shape, size)
+                raw.append(_RawTensor(spec.name, spec.dtype, shape, position, position + size, shared, view))
                 position += size
         return _Plan(id_field(request), head, tuple(raw), position, arrays)
 
@@ -173,27 +200,54 @@ class ModelProtocol:
         Raises:
             ProtocolError: 400 where a wanted output has no JSON form.
         """
-        entries: List[str] = []
+        described: List[_Described] = []
         buffers: List[Buffer] = []
+        cached = True
         for wish in request.head.outputs:
             datatype, array = self.interface.answer_of(wish, outputs)
             if wish.shared is not None:
                 put_shared(wish.name, wish.shared, encode_binary(datatype, array), self._view_shared)
                 # As Triton: NVIDIA's C++ client takes any parameters for those of binary data that follows.
-                content = ""
+                described.append((array.shape, ""))
             elif wish.binary:
                 data = encode_binary(datatype, array)
                 buffers.append(data)
-                content = f',"parameters":{{"binary_data_size":{len(data)}}}'
+                described.append((array.shape, len(data)))
             else:
-                content = f',"data":{_dump_data(wish.name, datatype, array)}'
-            shape = ",".join(map(str, array.shape))
+                cached = False
+                described.append((array.shape, f',"data":{_dump_data(wish.name, datatype, array)}'))
+        opening = self._cached_opening(request, described) if cached else self._opening(request, described)
+        return Answer([opening, *buffers], len(opening) if buffers else None)
+
+    def _cached_opening(self, request: InferRequest, described: List[_Described]) -> bytes:
+        openings, key = request.head.openings, tuple(described)
+        opening = openings.get(key)
+        if opening is None:
+            opening = self._opening(request, described)
+            if len(openings) < _CACHED_OPENINGS:
+                openings[key] = opening
+        return opening
+
+    def _opening(self, request: InferRequest, described: List[_Described]) -> bytes:
+        """The JSON of an answer."""
+        entries: List[str] = []
+        for wish, (sizes, content) in zip(request.head.outputs, described):
+            datatype = "BYTES" if wish.classes else self.interface.outputs[wish.name].dtype
+            shape = ",".join(map(str, sizes))
+            if isinstance(content, int):
+                content = f',"parameters":{{"binary_data_size":{content}}}'
             entries.append(
                 f'{{"name":{self._names[wish.name]},"datatype":"{datatype}","shape":[{shape}]{content}}}'
             )
         echo = "" if request.id is None else f'"id":{json.dumps(request.id)},'
-        head = f'{self._opening}{echo}"outputs":[{",".join(entries)}]}}'.encode()
-        return Answer([head, *buffers], len(head) if buffers else None)
+        return f'{self._about}{echo}"outputs":[{",".join(entries)}]}}'.encode()
+
+
+def _view_of(datatype: str, shape: Tuple[int, ...], byte_size: int) -> Optional[np.dtype[Any]]:
+    """How raw data can be viewed as it is; None: it is of another kind, empty, or of the wrong size."""
+    dtype = NUMPY_DTYPES[datatype]
+    plain = datatype != "BYTES" and 0 < byte_size == element_count(shape) * dtype.itemsize
+    return dtype if plain else None
 
 
 # JSON data
