@@ -19,7 +19,7 @@ from device_agent import archive, durable
 from device_agent.errors import AgentError, BadInput, TrustError
 from device_agent.follow import backoff, record, windows
 from device_agent.follow.credential_files import credentials
-from device_agent.follow.local import files_here, is_whole_here
+from device_agent.follow.local import files_here, standing
 from device_agent.follow.report import describe
 from device_agent.follow.settings import Follow
 from device_agent.metrics import FollowMetrics
@@ -145,9 +145,14 @@ class Follower:
                 f"it is {head.manifest.name!r}, and [follow.{self.name}] takes {self.name!r} only",
                 "push the right bundle to this tag, or correct the table's name",
             )
-        if is_whole_here(self._lifecycle, head):
-            self._settle(artifact, head.digest, "installed")
+        found = standing(self._lifecycle, head)
+        if found.on_trial:
+            self._phase = "on probation"
             return None
+        if found.proven:
+            return self._settle(artifact, head.digest, "installed")
+        if found.failure and self._record.tries_of(artifact):  # it failed after the agent had restarted
+            return self._settle(artifact, head.digest, "refused", found.failure)
         assembly = Assembly(self._work, head, files_here(self._lifecycle))
         missing_bytes = assembly.missing_bytes()
         self._lifecycle.preflight(head, missing_bytes)
@@ -167,7 +172,9 @@ class Follower:
         try:
             self._lifecycle.install(fetched.directory, on_state=states.append)
         except Exception as error:
-            if _may_pass(error, states):
+            if self._stopping.is_set() and "switched" in states:
+                raise  # the next start says what becomes of it
+            if self._stopping.is_set() or _may_pass(error, states):
                 self._remember(tries=tries)
                 if isinstance(error, TrustError):
                     self._forget_work()  # what lies there is not what was checked before
