@@ -15,6 +15,7 @@ import socket
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
@@ -155,8 +156,9 @@ class Front:
         class Handler(BaseHTTPRequestHandler):
             def _serve(self) -> None:
                 front.seen.append((self.command, self.path, dict(self.headers)))
-                if not any(rule(self) for rule in list(front.rules)):
-                    front._pass_on(self, behind)
+                with suppress(ConnectionError):  # the client went away, as clients do
+                    if not any(rule(self) for rule in list(front.rules)):
+                        front._pass_on(self, behind)
 
             do_GET = do_HEAD = do_POST = do_PUT = _serve
 
