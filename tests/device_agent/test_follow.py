@@ -19,7 +19,9 @@ from device_agent.follow.follower import Follower, work_directory
 from device_agent.follow.followers import Followers
 from device_agent.follow.settings import Follow
 from device_agent.metrics import Metrics
+from device_agent.model_state import ModelState
 from device_agent.oci.digests import digest_of
+from device_agent.probation.watch import Interrupted
 from registry_kit import Front, Registry, TokenService, answer, needs_registry
 from storage_kit import make_bundle, make_key, sign_bundle
 from test_lifecycle import Device
@@ -245,6 +247,47 @@ def test_one_power_cut_costs_no_update(fleet: Fleet, monkeypatch: pytest.MonkeyP
     fleet.follower().turn()
     assert fleet.device.serving == digest
     assert fleet.front.sent_bytes[WEIGHTS_DIGEST] == fetched
+
+
+def _stop_in_probation(follower: Follower) -> Callable[..., None]:
+    """An installation that the end of the agent interrupts while the new version proves itself."""
+
+    def install(bundle: Path, on_state: Callable[[str], None]) -> None:
+        for state in ("received", "verified", "staged", "prepared", "selftested", "switched", "probation"):
+            on_state(state)
+        follower.stop()
+        raise Interrupted("the probation was interrupted", "the agent stops", "it goes on at its start")
+
+    return install
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_probation_that_a_stop_interrupts_is_waited_for(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, holds: bool
+) -> None:
+    """A stop in the middle is no verdict; the next start's verdict is taken over, whichever it is."""
+    digest = fleet.push(1)
+    store, lifecycle = fleet.device.store, fleet.device.lifecycle
+    with monkeypatch.context() as patched:
+        stopping = fleet.follower()
+        patched.setattr(lifecycle, "install", _stop_in_probation(stopping))
+        stopping.turn()
+        assert stopping.describe()["outcome"] is None
+    before = ModelState()
+    store.set_state("demo", before.activated(digest))
+    follower = fleet.follower()
+    follower.turn()
+    assert follower.describe()["phase"] == "on probation"
+    if holds:
+        store.set_state("demo", before)
+        lifecycle.install(fleet.device.root / f"pushed-1-{len(WEIGHTS)}")
+    else:
+        store.set_state("demo", before)
+        failure = {"what": "it was too slow", "why": "p99", "fix": "tune it"}
+        store.set_journal("demo", {"digest": digest, "state": "probation", "failure": failure})
+    follower.turn()
+    assert follower.describe()["outcome"] == ("installed" if holds else "refused")
+    assert follower.describe()["why"] == (None if holds else "it was too slow: p99")
 
 
 def test_a_full_disk_passes(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,9 +638,10 @@ def test_an_agent_follows_a_tag(
     )
     _wait_until(lambda: _status(agent)["serving"] == first.digest)
     real.push(second.directory, "models/agent")
-    _wait_until(lambda: (_status(agent)["follow"] or {}).get("bundle") == second.digest)
     _wait_until(lambda: _status(agent)["serving"] == second.digest)
+    _wait_until(lambda: _status(agent)["follow"]["outcome"] == "installed")
     status = _status(agent)
+    assert status["follow"]["bundle"] == second.digest
     assert status["follow"]["reference"] == f"oci://{real.host}/models/agent:stable"
     assert status["follow"]["last_success"]
     _, body = _metrics(agent)
