@@ -150,9 +150,11 @@ class Follower:
             self._phase = "on probation"
             return None
         if found.proven:
-            return self._settle(artifact, head.digest, "installed")
+            self._settle(artifact, head.digest, "installed")
+            return None
         if found.failure and self._record.tries_of(artifact):  # it failed after the agent had restarted
-            return self._settle(artifact, head.digest, "refused", found.failure)
+            self._settle(artifact, head.digest, "refused", found.failure)
+            return None
         assembly = Assembly(self._work, head, files_here(self._lifecycle))
         missing_bytes = assembly.missing_bytes()
         self._lifecycle.preflight(head, missing_bytes)
