@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from typing import Callable, TypeVar
+from typing import Callable, Optional, TypeVar
 
 from device_agent.errors import Refused
 
@@ -32,7 +32,9 @@ class Timeout(Refused):
     """A step of an operation did not come to an end in its time."""
 
 
-def bounded(work: Callable[[], _T], timeout_s: float, what: str, give_back: Callable[[_T], None]) -> _T:
+def bounded(
+    work: Callable[[], _T], timeout_s: float, what: str, give_back: Optional[Callable[[_T], None]] = None
+) -> _T:
     """Do ``work`` on a thread of its own and wait for at most ``timeout_s``.
 
     Nothing can end a thread from outside. One that is given up goes on until the code that hangs returns, or
@@ -43,7 +45,7 @@ def bounded(work: Callable[[], _T], timeout_s: float, what: str, give_back: Call
         work: what may hang.
         timeout_s: how long to wait for it.
         what: the work, for the error: "the engine did not open".
-        give_back: called on that thread with a result that came too late.
+        give_back: called on that thread with a result that came too late; None: it needs no care.
 
     Raises:
         Timeout: it took longer.
@@ -62,7 +64,7 @@ def bounded(work: Callable[[], _T], timeout_s: float, what: str, give_back: Call
         with settled:
             result.set_result(value)
             late = given_up
-        if late:
+        if late and give_back is not None:
             give_back(value)
 
     threading.Thread(target=run, name="bounded", daemon=True).start()

@@ -20,7 +20,8 @@ STATES = ("received", "verified", "staged", "prepared", "selftested", "switched"
 #: Starts that a version on probation may use up; each that did not end in an orderly way counts.
 MAX_ATTEMPTS = 2
 
-_HISTORY = 20  # operations, a few kilobytes
+#: Operations whose end is kept, a few kilobytes.
+HISTORY = 20
 _INTERRUPTED = Refused("the operation was interrupted", "the agent or its disk stopped", "run it again")
 _log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class Operation:
         if before is None:
             return []
         known = past(before)
-        return [*known, last(before)][-_HISTORY:] if has_ended(before) else known
+        return [*known, last(before)][-HISTORY:] if has_ended(before) else known
 
 
 def has_ended(entry: Mapping[str, Any]) -> bool:

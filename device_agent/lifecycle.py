@@ -23,13 +23,14 @@ import logging
 import threading
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, Optional
 
 from device_agent import archive, journal, startup
 from device_agent.activation import Activation
 from device_agent.admission import Admission, Rotated
-from device_agent.bounded import Timeouts
+from device_agent.bounded import Timeouts, bounded
 from device_agent.errors import AgentError, BadInput, Refused
 from device_agent.journal import Operation, abandon_interrupted
 from device_agent.model_state import ModelState
@@ -60,6 +61,7 @@ class Lifecycle:
         self._store = store
         self._admission = Admission(store, trust)
         self._models = models
+        self._timeouts = timeouts
         self._activation = Activation(store, models, self._admission.check, timeouts)
         self._busy = threading.Lock()
         self._closed = False
@@ -94,10 +96,12 @@ class Lifecycle:
 
         Raises:
             TrustError: it is not trusted.
-            Refused: it is older than what was committed (DowngradeError), or there is no space for it.
+            Refused: it is older than what was committed (DowngradeError), or there is no space or memory
+                for it.
         """
         self._admission.admit(head)
         self._store.require_space(head, download_bytes)
+        self._models.require_memory(head.manifest)
 
     def install(
         self,
@@ -118,11 +122,11 @@ class Lifecycle:
         Raises:
             BadInput: not a bundle, damaged, too new, or not trusted (ManifestError, TrustError).
             Missing: a runtime that it needs is not here.
-            Refused: it is older than what was committed (DowngradeError), there is no space, or it failed
-                its self-test or its probation. In every case the old version serves on.
+            Refused: it is older than what was committed (DowngradeError), there is no space or memory, or it
+                failed its self-test or its probation. In every case the old version serves on.
         """
         with self._turn():
-            head = archive.read_head(bundle)
+            head = self._read_head(bundle)
             goal = "committed" if activate else "staged"
             operation = Operation(self._store, "install", head.manifest.name, head.digest, goal, on_state)
             with _journaled(operation):
@@ -132,8 +136,10 @@ class Lifecycle:
                 operation.fresh = not self._store.has(operation.name, operation.digest)
                 if operation.fresh and not self._store.owns(bundle):
                     self._store.require_space(head)  # before the journal takes the last bytes
+                if activate:
+                    self._models.require_memory(head.manifest)
                 operation.enter("verified")
-                self._store.add(bundle, head)
+                self._store.add(bundle, head, self._timeouts.stage_s)
                 operation.enter("staged")
                 before = self._store.state(operation.name)
                 planned = NOTHING_TO_STOP
@@ -232,6 +238,10 @@ class Lifecycle:
         return self._store.holds(head)
 
     # The machine
+
+    def _read_head(self, bundle: Path) -> archive.Head:
+        what = f"the bundle {bundle.name} was not read in time"
+        return bounded(partial(archive.read_head, bundle), self._timeouts.stage_s, what)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

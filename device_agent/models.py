@@ -34,7 +34,15 @@ from device_agent.metrics import Metrics
 from device_agent.probation.verdict import Reference
 from device_agent.probation.watch import Watch, reference_of
 from device_agent.selftest import SelfTest, check, load_arrays
-from device_agent.swap_plan import NOTHING_TO_STOP, Cost, SwapPlan, available_bytes, estimate, plan
+from device_agent.swap_plan import (
+    NOTHING_TO_STOP,
+    Cost,
+    SwapPlan,
+    available_bytes,
+    estimate,
+    plan,
+    require_memory,
+)
 from device_agent.warmup import learn_latency
 
 _log = logging.getLogger(__name__)
@@ -146,6 +154,15 @@ class Models:
             return NOTHING_TO_STOP
         needed_bytes = estimate(manifest, old.manifest, old.cost)
         return plan(needed_bytes, available_bytes(self._config.limits.memory_reserve_bytes), old.cost.load_s)
+
+    def require_memory(self, manifest: Manifest) -> None:
+        """Refuse a version that this device cannot hold, even without the one that serves.
+
+        Raises:
+            Refused: its weights alone take more than there is.
+        """
+        old = self.get(manifest.name)
+        require_memory(manifest, available_bytes(0), 0 if old is None else old.cost.memory_bytes)
 
     def watch(
         self,

@@ -22,11 +22,13 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Type
 
 from device_agent import archive, durable, manifest
+from device_agent.bounded import Timeouts, bounded
 from device_agent.errors import AgentError, BadInput, Refused
 from device_agent.manifest_checks import valid_name
 from device_agent.model_state import ModelState
@@ -205,12 +207,13 @@ class Store:
 
     # Writing
 
-    def add(self, bundle: Path, head: archive.Head) -> bool:
+    def add(self, bundle: Path, head: archive.Head, timeout_s: float = Timeouts.stage_s) -> bool:
         """Copy a bundle into the store, checking every byte; one in ``incoming`` is moved.
 
         Args:
             bundle: either form.
             head: what was read of it, and authenticated, before.
+            timeout_s: for reading it: a stick or a network share may hang.
 
         Returns:
             Whether the version is new here; one that is there and whole is kept, with a new signature.
@@ -218,7 +221,7 @@ class Store:
         Raises:
             TrustError: a file differs from the manifest.
             BadInput: the bundle is damaged.
-            Refused: there is not enough space, or the disk failed; nothing is left of the bundle.
+            Refused: there is not enough space, it took too long, or the disk failed; nothing is left of it.
         """
         final = self.directory(head.manifest.name, head.digest)
         if final.is_dir():
@@ -234,15 +237,19 @@ class Store:
                 durable.make_directory(final.parent)
                 durable.publish(bundle, final)
             else:
-                self._copy(bundle, head, final)
+                self._copy(bundle, head, final, timeout_s)
         return True
 
-    def _copy(self, bundle: Path, head: archive.Head, final: Path) -> None:
+    def _copy(self, bundle: Path, head: archive.Head, final: Path, timeout_s: float) -> None:
         self.require_space(head)
         temporary = self._temporary / head.digest
         try:
             durable.empty(temporary)
-            archive.unpack(bundle, head, temporary)
+            bounded(
+                partial(archive.unpack, bundle, head, temporary),
+                timeout_s,
+                f"the bundle {head.manifest.name!r} was not read in time",
+            )  # what comes too late lies in temporary, which is emptied
             durable.make_directory(final.parent)
             durable.publish(temporary, final)
         except BaseException:

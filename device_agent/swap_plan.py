@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+from device_agent.errors import Refused
 from device_agent.manifest import Manifest
 
 _MEMINFO = Path("/proc/meminfo")
@@ -76,6 +77,29 @@ def estimate(new: Manifest, old: Manifest, measured: Cost) -> int:
     if old_bytes < _SMALLEST_BYTES:
         return max(measured.memory_bytes + by_size, _SMALLEST_BYTES)
     return max(by_size, measured.memory_bytes * new_bytes // old_bytes, _SMALLEST_BYTES)
+
+
+def require_memory(new: Manifest, available_bytes: Optional[int], old_bytes: int) -> None:
+    """Refuse what cannot be loaded even with the old version stopped, before a byte of it is stored.
+
+    Only what is certain counts: the weights are held once at least.
+
+    Args:
+        new: the version.
+        available_bytes: what is free now; None: the system does not say.
+        old_bytes: what stopping the old version would free.
+
+    Raises:
+        Refused: the device has not enough memory for its files.
+    """
+    needed_bytes = _model_bytes(new)
+    most_bytes = None if available_bytes is None else available_bytes + old_bytes
+    if most_bytes is not None and needed_bytes > most_bytes:
+        raise Refused(
+            f"there is no memory for {new.name} version {new.version}",
+            f"its weights take {_megabytes(needed_bytes)}; at most {_megabytes(most_bytes)} can be had",
+            "stop other models or processes, or build a smaller bundle",
+        )
 
 
 def _model_bytes(manifest: Manifest) -> int:

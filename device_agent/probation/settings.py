@@ -17,8 +17,6 @@ class ProbationSettings:
         max_error_fraction: of its requests, or what the old version had where that is more.
         max_latency_ratio: of its p99 to the old version's, where the bundle's contract has no latency.
         max_memory_growth_bytes: by how much its process may grow and still be growing.
-        shadow_fraction: of the live requests that it is also given, unseen by clients, before it serves; 0:
-            none. The shadow lasts ``duration_s`` too.
     """
 
     duration_s: float = 10.0
@@ -26,7 +24,6 @@ class ProbationSettings:
     max_error_fraction: float = 0.01
     max_latency_ratio: float = 2.0
     max_memory_growth_bytes: int = 64 * 1024 * 1024
-    shadow_fraction: float = 0.0
 
 
 def problems(settings: ProbationSettings) -> Iterator[Tuple[str, str]]:
@@ -41,5 +38,3 @@ def problems(settings: ProbationSettings) -> Iterator[Tuple[str, str]]:
         yield "max_latency_ratio", "above 1"
     if settings.max_memory_growth_bytes <= 0:
         yield "max_memory_growth_bytes", "above zero"
-    if not 0 <= settings.shadow_fraction <= 1:
-        yield "shadow_fraction", "from 0 to 1"

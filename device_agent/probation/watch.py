@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
+from device_agent.bounded import Timeout
 from device_agent.errors import Refused
 from device_agent.memory import resident_bytes
 from device_agent.metrics import ModelMetrics
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from device_agent.models import LoadedModel
 
 _LEAST_CANARIES = 4  # over a probation, however many clients ask: an engine that hangs answers nobody
+_GOLDEN_ROWS_TAKE = 2  # timeouts at most: two rows without an answer end a probation
 _LOOKS = 40  # over a probation
 _SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.02, 0.25
 
@@ -67,6 +69,7 @@ class Watch:
         self._counters = counters
         self._reference = reference
         self._settings = settings
+        self._timeout_s = timeout_s
         self._canary = Canary(loaded, timeout_s)
         self._old_canary = None if old is None else Canary(old, timeout_s)
         self._live = live
@@ -83,9 +86,11 @@ class Watch:
 
         Raises:
             Refused: it is unhealthy, and why.
+            Timeout: it had no chance to prove itself: golden rows found no place in its queue.
             Interrupted: the agent stops.
         """
         duration_s = self._settings.duration_s
+        limit_s = 2 * duration_s + _GOLDEN_ROWS_TAKE * self._timeout_s
         started_s = time.monotonic() - self.seen_s
         look_s = min(max(duration_s / _LOOKS, _SHORTEST_LOOK_S), _LONGEST_LOOK_S)
         while duration_s:
@@ -97,10 +102,12 @@ class Watch:
             reason = against(self.evidence(), self._reference, self._loaded.manifest.contract, self._settings)
             if reason is not None:
                 raise self._refused(reason)
-            if over and self.evidence().requests >= self._settings.min_requests:
+            if over and self._has_enough():
                 return
             if self._stop.is_set():
                 raise self._interrupted()
+            if self.seen_s > limit_s:
+                raise self._late(limit_s)
             await asyncio.sleep(look_s)
 
     def evidence(self) -> Evidence:
@@ -158,6 +165,10 @@ class Watch:
         """Whether asking on would only take time: a hanging engine costs a timeout each."""
         return self._stop.is_set() or sum(bool(outcome.failure) for outcome in self._outcomes) >= 2
 
+    def _has_enough(self) -> bool:
+        rows = len(self._outcomes)
+        return rows >= _LEAST_CANARIES and self.evidence().requests >= self._settings.min_requests
+
     def _look(self) -> None:
         process = self._loaded.engine.process
         if process:
@@ -173,6 +184,14 @@ class Watch:
             f"{manifest.name} version {manifest.version} did not hold in its probation and was rolled back",
             reason,
             "the previous version serves again; `edgekit-agent status` keeps this reason",
+        )
+
+    def _late(self, limit_s: float) -> Timeout:
+        manifest = self._loaded.manifest
+        return Timeout(
+            f"{manifest.name} version {manifest.version} could not prove itself and was rolled back",
+            f"its queue took no golden row within {limit_s:g} s (timeout)",
+            "the previous version serves again; install it while less is asked of the model",
         )
 
     def _interrupted(self) -> Interrupted:

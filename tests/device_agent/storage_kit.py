@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from device_agent import archive, keys, rotation, signature
+from device_agent.bounded import Timeout
 from device_agent.errors import Refused
 from device_agent.manifest import (
     MANIFEST_NAME,
@@ -98,10 +99,13 @@ class FakeWatch:
     """Stands in for a probation: it holds, or it does not."""
 
     unhealthy: bool
+    late: bool
     seen_s: float = 0.0
 
     async def run(self) -> None:
         """Say so."""
+        if self.late:
+            raise Timeout("it could not prove itself", "it took too long (timeout)", "install it again")
         if self.unhealthy:
             raise Refused("it did not hold in its probation", "all requests failed", "build it again")
 
@@ -117,12 +121,14 @@ class FakeModels:
     Attributes:
         broken: digests whose self-test fails.
         unhealthy: digests that do not hold on probation.
+        late: whether probations come to no end in their time.
         serving: digest by model name.
         events: what was called, in order.
     """
 
     broken: List[str] = field(default_factory=list)
     unhealthy: List[str] = field(default_factory=list)
+    late: bool = False
     serving: Dict[str, Any] = field(default_factory=dict)
     events: List[str] = field(default_factory=list)
 
@@ -136,11 +142,14 @@ class FakeModels:
 
     def watch(self, loaded: Any, old: Any, **options: Any) -> Any:
         """A probation that ends at once."""
-        return FakeWatch(loaded.digest in self.unhealthy)
+        return FakeWatch(loaded.digest in self.unhealthy, self.late)
 
     def discard(self, loaded: Any) -> None:
         """Free what came too late."""
         self.events.append(f"discard {loaded.digest[:8]}")
+
+    def require_memory(self, manifest: Manifest) -> None:
+        """There is enough."""
 
     def plan_swap(self, manifest: Manifest) -> Any:
         """Both versions fit."""

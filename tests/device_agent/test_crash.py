@@ -19,7 +19,8 @@ from device_agent.errors import AgentError, Refused
 from device_agent.lifecycle import Lifecycle
 from device_agent.signature import Trust
 from device_agent.store import Store
-from storage_kit import FakeModels, make_key, signed_bundle
+from device_agent.trust_store import TrustStore
+from storage_kit import FakeModels, make_key, rotation_to, signed_bundle
 
 Change = Callable[[Lifecycle], Any]
 
@@ -32,8 +33,9 @@ class World:
         self.state_dir = root / "state"
         self.counter = itertools.count()
         self.broken: List[str] = []
+        self.unhealthy: List[str] = []
         self.trust = Trust(root / "keys")
-        key = make_key(root / "keys")
+        self.key = key = make_key(root / "keys")
         self.digests: Dict[str, str] = {}
         for version, name in enumerate(("old", "older", "new", "next"), 1):
             model = {"model.onnx": name.encode() * 20}
@@ -50,9 +52,13 @@ class World:
             for name in names:
                 lifecycle.install(self.bundle(name), allow_downgrade=True)
 
+    def models(self) -> FakeModels:
+        """What an agent that starts now would load versions with."""
+        return FakeModels(broken=self.broken, unhealthy=self.unhealthy)
+
     def check_start(self, state_dir: Path, allowed: Sequence[Optional[str]]) -> Optional[str]:
         """Start on what a crash left; return which version serves, and prove that updates still work."""
-        models = FakeModels(broken=self.broken)
+        models = self.models()
         with Store(state_dir) as store:
             lifecycle = Lifecycle(store, self.trust, models)  # type: ignore[arg-type]  # the double
             lifecycle.restore()
@@ -85,6 +91,23 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return World(tmp_path)
 
 
+def _fail_on_probation(world: World) -> Change:
+    """An install whose version is rolled back from its probation."""
+    world.unhealthy.append(world.digests["new"])
+
+    def change(lifecycle: Lifecycle) -> None:
+        with pytest.raises(Refused, match="probation"):
+            lifecycle.install(world.bundle("new"))
+
+    return change
+
+
+def _rotate(world: World) -> Change:
+    """A rotation to a new key, which retires none."""
+    document = rotation_to(make_key(None), world.key, 1, "second")
+    return lambda lifecycle: lifecycle.rotate(document)
+
+
 CHANGES = {
     "first install": ([], lambda w: lambda lc: lc.install(w.bundle("new")), [None], "new"),
     "install": (["old"], lambda w: lambda lc: lc.install(w.bundle("new")), ["old"], "new"),
@@ -96,6 +119,8 @@ CHANGES = {
     ),
     "activate": (["new", "old"], lambda w: lambda lc: lc.activate(w.digests["new"]), ["old"], "new"),
     "rollback": (["new", "old"], lambda w: lambda lc: lc.rollback("demo"), ["old"], "new"),
+    "rollback from probation": (["old"], _fail_on_probation, ["old"], "old"),
+    "key rotation": (["old"], _rotate, ["old"], "old"),
     "remove": (["older", "old"], lambda w: lambda lc: lc.remove(w.digests["older"]), ["old"], "old"),
 }
 
@@ -113,13 +138,15 @@ def test_a_power_cut_leaves_the_old_version_or_the_new_one(
     seen = {world.check_start(_rebuilt(world, state), allowed) for state in during}
     assert seen == set(allowed)
     for state in finished:  # once the agent has said that it is done, nothing takes the change back
-        world.check_start(_rebuilt(world, state), [world.digests[after]])
+        rebuilt = _rebuilt(world, state)
+        world.check_start(rebuilt, [world.digests[after]])
+        assert len(TrustStore(rebuilt / "trust").rotations()) == (name == "key rotation")
     print(f"{name}: {len(during) + len(finished)} states explored, 0 violations")
 
 
-@pytest.mark.parametrize(("broken", "after"), [([], "new"), (["new"], "old")])
+@pytest.mark.parametrize(("fault", "after"), [("", "new"), ("broken", "old"), ("unhealthy", "old")])
 def test_a_power_cut_while_recovering_is_no_different(
-    world: World, monkeypatch: pytest.MonkeyPatch, broken: List[str], after: str
+    world: World, monkeypatch: pytest.MonkeyPatch, fault: str, after: str
 ) -> None:
     """A start that finishes or gives up an interrupted update may be interrupted itself."""
     world.install("old")
@@ -132,17 +159,19 @@ def test_a_power_cut_while_recovering_is_no_different(
             "operation": "install",
             "digest": new,
             "goal": "committed",
-            "state": "switched",
+            "state": "probation",
             "fresh": True,
+            "attempts": 1,
         }
         store.set_journal("demo", {**entry, "failure": None})
-    monkeypatch.setattr(world, "broken", [world.digests[name] for name in broken])
+    if fault:
+        monkeypatch.setattr(world, fault, [new])
     during, finished = _crash_states(world, monkeypatch, lambda lifecycle: None)
     seen = {world.check_start(_rebuilt(world, state), [world.digests["old"], new]) for state in during}
     assert world.digests[after] in seen
     for state in finished:
         world.check_start(_rebuilt(world, state), [world.digests[after]])
-    print(f"recovery to {after}: {len(during) + len(finished)} states explored, 0 violations")
+    print(f"recovery to {after} {fault}: {len(during) + len(finished)} states explored, 0 violations")
 
 
 @pytest.mark.parametrize("broken", ["_sync_directory", "_sync_file"])
@@ -278,10 +307,11 @@ def _crash_states(world: World, monkeypatch: pytest.MonkeyPatch, change: Change)
 
 
 def _run(world: World, change: Change) -> None:
-    models = FakeModels(broken=world.broken)
+    models = world.models()
     with Store(world.state_dir) as store:
         lifecycle = Lifecycle(store, world.trust, models)  # type: ignore[arg-type]  # the double
         lifecycle.restore()
+        lifecycle.resume()
         change(lifecycle)
 
 

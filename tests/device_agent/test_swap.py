@@ -14,9 +14,15 @@ import pytest
 
 from agent_testing import AgentProcess, TestBundle, linear, linear_bundle, session_of, write_bundle
 from device_agent import swap_plan
-from device_agent.errors import AgentError
+from device_agent.config import Config
+from device_agent.errors import AgentError, Refused
+from device_agent.lifecycle import Lifecycle
 from device_agent.manifest import FileEntry, Manifest
+from device_agent.metrics import Metrics
+from device_agent.models import Models
 from device_agent.server import control
+from device_agent.signature import Trust
+from device_agent.store import Store
 from device_agent.swap_plan import Cost, estimate, plan
 
 X = np.ones((1, 8), np.float32)
@@ -66,6 +72,24 @@ def test_what_is_free_keeps_the_reserve(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert swap_plan.available_bytes(1000) == 1_023_000
     (tmp_path / "meminfo").unlink()
     assert swap_plan.available_bytes(1000) is None
+
+
+def test_what_no_memory_can_hold_is_refused_before_a_byte_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle whose weights alone exceed what could be freed leaves nothing in the store."""
+    manifest = _with_size(linear_bundle(tmp_path / "b").manifest, 1000)
+    swap_plan.require_memory(manifest, 600, 400)
+    swap_plan.require_memory(manifest, None, 0)
+    with pytest.raises(Refused, match="no memory"):
+        swap_plan.require_memory(manifest, 599, 400)
+    monkeypatch.setattr("device_agent.models.available_bytes", lambda reserve_bytes: 0)
+    with Store(tmp_path / "state") as store:
+        trust = Trust(tmp_path / "keys", allow_unsigned=True)
+        lifecycle = Lifecycle(store, trust, Models(Config(threads=1), Metrics()))
+        with pytest.raises(Refused, match="no memory"):
+            lifecycle.install(tmp_path / "b")
+        assert store.names() == []
 
 
 # With an agent
