@@ -42,20 +42,23 @@ def free_port() -> int:
 
 
 class Registry:
-    """A real registry on loopback, empty at first.
+    """A real registry on loopback.
 
     Args:
-        root: where it keeps its files.
-        settings: more of its configuration, in YAML.
+        root: where it keeps its files, and may have kept them before.
+        certificate: the certificate, whose key lies beside it, to speak TLS with; None: plain HTTP.
     """
 
-    def __init__(self, root: Path, settings: str = "") -> None:
+    def __init__(self, root: Path, certificate: Optional[Path] = None) -> None:
         self.host = f"127.0.0.1:{free_port()}"
-        root.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)
+        tls = ""
+        if certificate is not None:
+            tls = f", tls: {{certificate: {certificate}, key: {certificate.with_suffix('.key')}}}"
         (root / "config.yml").write_text(
             "version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\n"
             f"storage: {{filesystem: {{rootdirectory: {root / 'data'}}}}}\n"
-            f"http: {{addr: '{self.host}', relativeurls: true}}\n{settings}"
+            f"http: {{addr: '{self.host}', relativeurls: true{tls}}}\n"
         )
         with (root / "log").open("wb") as log:
             self._process = subprocess.Popen(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent_testing import AgentProcess, linear_bundle
-from device_agent import config
+from device_agent import cli, config
 from device_agent.errors import BadInput, Refused
 from device_agent.follow import backoff, record, windows
 from device_agent.follow.credential_files import credentials
@@ -22,6 +22,7 @@ from device_agent.metrics import Metrics
 from device_agent.model_state import ModelState
 from device_agent.oci.digests import digest_of
 from device_agent.probation.watch import Interrupted
+from device_agent.store import Store
 from registry_kit import Front, Registry, TokenService, answer, needs_registry
 from storage_kit import make_bundle, make_key, sign_bundle
 from test_lifecycle import Device
@@ -648,6 +649,31 @@ def test_an_agent_follows_a_tag(
     assert 'edgekit_follow_up_to_date{model="model"} 1.0' in body
     assert 'edgekit_follow_failures_total{model="model"} 0.0' in body
     assert agent.stop() == 0
+
+
+def test_an_agent_that_does_not_run_is_asked_for_its_followers(
+    fleet: Fleet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without an agent, `edgekit-agent status` shows what the followers left on disk."""
+    bad = fleet.push(1)
+    fleet.device.models.broken.append(bad)
+    fleet.follower().turn()
+    fleet.device.store.close()
+    settings = tmp_path / "agent.toml"
+    settings.write_text(
+        f'state_dir = "{tmp_path / "state"}"\nkeys_dir = "{tmp_path / "keys"}"\n'
+        f'control_socket = "{tmp_path / "none.sock"}"\n'
+        f'[follow.demo]\nreference = "{fleet.follow.reference}"\n'
+        '[follow.other]\nreference = "oci://registry.example.com/models/other:stable"\n'
+    )
+    assert cli.main(["status", "--config", str(settings)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "follows" in line]
+    fleet.device.store = Store(tmp_path / "state")
+    assert len(lines) == 2
+    assert fleet.follow.reference in lines[0]
+    assert "not running" in lines[0]
+    assert "golden outputs" in lines[0]
+    assert "last answer never" in lines[1]
 
 
 def _wait_until(holds: Callable[[], bool]) -> None:

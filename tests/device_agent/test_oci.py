@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
@@ -24,6 +25,7 @@ from device_agent.oci.errors import Denied, NotThere, RegistryError
 from device_agent.oci.transport import Security, Transport
 from registry_kit import Front, Registry, TokenService, answer, artifact_of, layer, needs_registry
 from storage_kit import make_bundle
+from test_access import issue
 
 BLOB = bytes(range(256)) * 2000
 DIGEST = digest_of(BLOB)
@@ -600,6 +602,33 @@ def test_a_host_without_tls_is_told_to_get_it() -> None:
         "GET", "http://registry.example.com/v2/", {}
     ):
         pass
+
+
+@needs_registry
+def test_certificates_are_verified(tmp_path: Path) -> None:
+    """A registry over TLS is believed if ca_file vouches for its name, and else gets no request."""
+    make_bundle(tmp_path / "bundle")
+    plain = Registry(tmp_path / "files")
+    digest = plain.push(tmp_path / "bundle")
+    plain.stop()
+    for name in ("ca", "server"):
+        issue(tmp_path, name)
+    (tmp_path / "other").mkdir()
+    issue(tmp_path / "other", "ca")
+    secure = Registry(tmp_path / "files", tmp_path / "server.pem")
+    try:
+        found = reference.parse(f"oci://localhost:{secure.host.rpartition(':')[2]}/models/model:stable")
+        trusted = Repository(found, Transport(Security(str(tmp_path / "ca.pem"))), NOBODY)
+        assert trusted.resolve(found) == digest
+        stranger = Repository(found, Transport(Security(str(tmp_path / "other" / "ca.pem"))), NOBODY)
+        with pytest.raises(RegistryError, match="CERTIFICATE_VERIFY_FAILED"):
+            stranger.resolve(found)
+        by_address = replace(found, host=secure.host)
+        misnamed = Repository(by_address, Transport(Security(str(tmp_path / "ca.pem"))), NOBODY)
+        with pytest.raises(RegistryError, match="CERTIFICATE_VERIFY_FAILED"):
+            misnamed.resolve(by_address)
+    finally:
+        secure.stop()
 
 
 def test_certificates_that_cannot_be_read_are_told(tmp_path: Path) -> None:
