@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import os
+import signal
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import pytest
@@ -16,8 +20,12 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from agent_testing import AgentProcess, TestBundle, linear_bundle, make_model, write_bundle
-from device_agent.errors import AgentError
+from device_agent import engines
+from device_agent.config import Config
+from device_agent.errors import AgentError, Refused
 from device_agent.manifest import Contract, TensorSpec
+from device_agent.metrics import Metrics
+from device_agent.models import Models
 from device_agent.probation.settings import ProbationSettings
 from device_agent.probation.verdict import (
     CONFIRMING_RUNS,
@@ -239,7 +247,7 @@ def test_a_slow_version_is_rolled_back(
 ) -> None:
     """Much slower than the old version: told from live requests, and from golden rows where none come."""
     old = linear_bundle(tmp_path / "1")
-    agent = start_agent(old, settings=DURATION.format(20))
+    agent = start_agent(old, settings=DURATION.format(10))
     if asked:
         clients = traffic(agent)
         while len(clients.outcomes) < 100:
@@ -255,7 +263,7 @@ def test_a_version_that_breaks_its_contract_is_rolled_back(
     tmp_path: Path, start_agent: Callable[..., AgentProcess]
 ) -> None:
     """The latency that a bundle promises is held against this device's clock, also for a first version."""
-    agent = start_agent(settings=DURATION.format(20))
+    agent = start_agent(settings=DURATION.format(10))
     new = write_bundle(
         tmp_path / "1",
         heavy(1),
@@ -292,7 +300,7 @@ def test_a_version_that_fails_on_live_requests_is_rolled_back(
 ) -> None:
     """A model that passes every golden row and fails on what clients send serves for moments only."""
     old = linear_bundle(tmp_path / "1")
-    agent = start_agent(old, settings=DURATION.format(20))
+    agent = start_agent(old, settings=DURATION.format(10))
     clients = traffic(agent, value=100.0)
     new = write_bundle(tmp_path / "2", picky(), {"x": np.ones((2, 8), np.float32)}, version=2)
     with pytest.raises(AgentError, match="requests failed"):
@@ -320,3 +328,132 @@ def test_clients_errors_are_not_held_against_a_version(
     )
     assert result["state"] == "committed"
     assert {status for status, _ in clients.stop()} == {500}
+
+
+class _Installing(threading.Thread):
+    """An install that is asked for in the background; keeps how it ended."""
+
+    def __init__(self, agent: AgentProcess, bundle: TestBundle) -> None:
+        super().__init__(daemon=True)
+        self.error: Optional[AgentError] = None
+        self._ask = partial(_install, agent, bundle)
+        self.start()
+        _until_on_probation(agent)
+
+    def run(self) -> None:
+        """Ask, and wait for the end."""
+        try:
+            self._ask()
+        except AgentError as error:
+            self.error = error
+
+    def ended_with(self) -> str:
+        """What and why it failed."""
+        self.join(30)
+        return str(self.error)
+
+
+def _until_on_probation(agent: AgentProcess) -> Any:
+    deadline_s = time.monotonic() + 30
+    while True:
+        status = _status(agent)
+        if status["probation"] is not None:
+            return status
+        assert time.monotonic() < deadline_s, "it never came"
+        time.sleep(0.02)
+
+
+def test_a_version_whose_engine_crashes_is_rolled_back(
+    tmp_path: Path, start_agent: Callable[..., AgentProcess]
+) -> None:
+    """If the process of an isolated engine ends, its version has not proven itself; the old one serves."""
+    old, new = linear_bundle(tmp_path / "1"), linear_bundle(tmp_path / "2", seed=1, version=2)
+    agent = start_agent(old, settings=DURATION.format(30) + "[models.model]\nisolate = true\n")
+    installing = _Installing(agent, new)
+    os.kill(_status(agent)["engine"]["process"], signal.SIGKILL)
+    assert "SIGKILL" in installing.ended_with()
+    _assert_rolled_back(agent, old, new, "SIGKILL")
+
+
+def test_a_stop_in_a_probation_is_no_verdict_and_two_kills_are(
+    tmp_path: Path, start_agent: Callable[..., AgentProcess]
+) -> None:
+    """SIGTERM leaves the probation to the next start, as does one kill; after two the old one serves."""
+    old, new = linear_bundle(tmp_path / "1"), linear_bundle(tmp_path / "2", seed=1, version=2)
+    agent = start_agent(old, settings=DURATION.format(60))
+    installing = _Installing(agent, new)
+    assert agent.stop() == 0
+    assert "the agent stops before model version 2 has proven itself" in installing.ended_with()
+    for _ in range(2):
+        agent.start()
+        assert _until_on_probation(agent)["serving"] == new.digest
+        agent.kill()
+    agent.start()
+    _assert_rolled_back(agent, old, new, "ended 2 times during it")
+
+
+def test_a_stopped_probation_ends_committed_after_the_restart(
+    tmp_path: Path, start_agent: Callable[..., AgentProcess]
+) -> None:
+    """What was seen before the stop counts; the version is committed without another word from anybody."""
+    agent = start_agent(linear_bundle(tmp_path / "1"), settings=DURATION.format(2))
+    new = linear_bundle(tmp_path / "2", seed=1, version=2)
+    installing = _Installing(agent, new)
+    assert agent.stop() == 0
+    installing.ended_with()
+    agent.start()
+    deadline_s = time.monotonic() + 30
+    while _status(agent)["last_operation"]["state"] != "committed":
+        assert time.monotonic() < deadline_s, "it never came"
+        time.sleep(0.05)
+    status = _status(agent)
+    assert (status["serving"], new.digest in status["committed"]) == (new.digest, True)
+
+
+# Watched directly
+
+
+class LeakingEngine:
+    """A double of an engine that keeps 2 MB of every run; all else is the real engine's."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._kept: List[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run(self, inputs: Any) -> Any:
+        """Run, and keep something."""
+        self._kept.append(np.ones(2 * MB, np.uint8))
+        return self._engine.run(inputs)
+
+
+@pytest.mark.parametrize("leaks", [True, False])
+def test_a_leaking_version_is_told_by_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaks: bool
+) -> None:
+    """Memory that grows with every request is noticed within the probation; a steady engine's is not."""
+    settings = replace(SETTINGS, duration_s=1.0, max_memory_growth_bytes=8 * MB)
+    models = Models(replace(Config(threads=1), probation=settings), Metrics())
+    bundle = linear_bundle(tmp_path / "1")
+    if leaks:
+        candidates = engines.candidates
+        monkeypatch.setattr(
+            "device_agent.models.candidates",
+            lambda *arguments: (LeakingEngine(engine) for engine in candidates(*arguments)),
+        )
+    loaded = models.prepare(bundle.directory, bundle.manifest, bundle.digest)
+
+    async def probation() -> None:
+        watch = models.watch(loaded, None, paused=False, live=True, stop=threading.Event(), seen_s=0.0)
+        try:
+            await watch.run()
+        finally:
+            await models.retire(loaded)
+
+    if leaks:
+        with pytest.raises(Refused, match=r"grew by .* and goes on"):
+            asyncio.run(probation())
+    else:
+        asyncio.run(probation())
