@@ -80,7 +80,7 @@ class Checkpoint:
             "samples": progress.samples,
             "rows": progress.rows,
             "extremes": [[c.lo, c.hi, c.elements] for c in collected],
-            "histograms": [[h.exponent, h.zeros] for h in histograms],
+            "histograms": [[h.exponent, h.zeros, h.looked_at] for h in histograms],
             "macs": self._probe.macs.totals,
         }
         counts = np.stack([h.counts for h in histograms]) if histograms else np.zeros((0, 0), np.int64)
@@ -96,6 +96,9 @@ class Checkpoint:
         for one, (lo, hi, elements) in zip(collected, state["extremes"], strict=True):
             one.lo, one.hi, one.elements = lo, hi, elements
         histograms = [one for one in collected if isinstance(one, Histogram)]
-        for histogram, (exponent, zeros), row in zip(histograms, state["histograms"], counts, strict=True):
-            histogram.exponent, histogram.zeros, histogram.counts = exponent, zeros, row.copy()
+        for histogram, (exponent, zeros, looked_at), row in zip(
+            histograms, state["histograms"], counts, strict=True
+        ):
+            histogram.exponent, histogram.zeros, histogram.looked_at = exponent, zeros, looked_at
+            histogram.counts = row.copy()
         self._probe.macs.totals.update(state["macs"])

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from onnx import ModelProto, NodeProto
 
 from calibration.graph import LINEAR, RECURRENT, Index, integer
-
-Shape = tuple[int, ...]
+from calibration.shapes import Shape
 
 
 class MacCounter:

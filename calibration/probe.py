@@ -1,15 +1,13 @@
 """Looking inside a model while it runs, one row at a time.
 
-Where smallest and largest are enough they are computed inside the graph, next to the operator that
-makes the tensor; only tensors whose histogram is wanted leave it. Nothing is kept between rows but
-the histograms.
+What is asked of a tensor is computed inside the graph, next to the operator that makes it (see ``taps``).
+Nothing is kept between rows but the histograms.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto
@@ -18,25 +16,15 @@ from calibration.errors import CalibrationError
 from calibration.graph import Array, Index
 from calibration.histogram import Extremes, Histogram
 from calibration.instrument import Instrument
-from calibration.macs import MacCounter, Shape
+from calibration.macs import MacCounter
+from calibration.merged import merged_tensors
 from calibration.observers import Collected
 from calibration.placement import observed_tensors
 from calibration.session import open_session
+from calibration.shapes import Shape, row_shapes
+from calibration.taps import Seen, Taps
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
-
-
-@dataclass(frozen=True)
-class _Extremes:
-    """Names of the outputs that show a tensor's size, smallest and largest value, and perhaps its sum.
-
-    NaN and infinity anywhere in a tensor show in its sum.
-    """
-
-    size: str
-    lo: str
-    hi: str
-    total: str | None
 
 
 class Probe:
@@ -53,6 +41,7 @@ class Probe:
 
     Attributes:
         collected: what is known of each float activation.
+        merged: the tensors that only a ReLU or Clip reads, each with the tensor whose range it takes.
         macs: multiply-accumulates of what the caller has added.
     """
 
@@ -61,28 +50,30 @@ class Probe:
         self._max_memory_bytes = max_memory_bytes
         index = Index(model)
         critical = observed_tensors(model)
+        self.merged = merged_tensors(index, critical)
         produced = [name for node in model.graph.node for name in node.output]
-        floats = [name for name in (*_inputs(model), *produced) if index.is_float_activation(name)]
-        self._whole = [name for name in floats if needs_values and name in critical]
+        floats = [
+            name
+            for name in (*_inputs(model), *produced)
+            if index.is_float_activation(name) and name not in self.merged
+        ]
+        histograms = critical if needs_values else frozenset()
+        self._histograms = {name: Histogram() for name in floats if name in histograms}
         self.collected: dict[str, Collected] = {
-            name: Histogram() if needs_values and name in critical else Extremes() for name in floats
+            name: self._histograms.get(name) or Extremes() for name in floats
         }
         self.macs = MacCounter(model)
+        known = row_shapes(model)
         instrument = Instrument(model)
-        self._extremes = {
-            name: _Extremes(
-                instrument.size(name),
-                instrument.reduce("ReduceMin", name),
-                instrument.reduce("ReduceMax", name),
-                instrument.reduce("ReduceSum", name) if name in critical else None,
-            )
+        taps = Taps(instrument, index, known)
+        self._taps = {
+            name: taps.histogram(name)
+            if name in histograms
+            else taps.extremes(name, with_total=name in critical)
             for name in floats
-            if name not in self._whole
         }
-        self._shapes = {name: instrument.shape(name) for name in self.macs.tensors}
-        self._sizes = {name: instrument.size(name) for name in self._whole}
-        for name in self._whole:
-            instrument.values(name)
+        self._known = {name: known[name] for name in self.macs.tensors if name in known}
+        self._shapes = {name: instrument.shape(name) for name in self.macs.tensors if name not in known}
         self._session = open_session(instrument.detached, threads=1)
 
     def run(self, row: Mapping[str, Array], position: int) -> dict[str, Shape]:
@@ -95,20 +86,25 @@ class Probe:
             CalibrationError: the model does not run on it, or a tensor that may be quantized holds NaN or
                 infinity.
         """
-        small = [*self._shapes.values(), *self._sizes.values()]
-        for extremes in self._extremes.values():
-            small += [name for name in (extremes.size, extremes.lo, extremes.hi, extremes.total) if name]
-        at_once = self._whole if self._max_memory_bytes is None else []
-        fetched = self._fetch([*small, *at_once], row, position)
-        for tensor, extremes in self._extremes.items():
-            self._show_extremes(tensor, extremes, fetched, row, position)
-        if at_once:
-            self._show_whole({name: fetched[name] for name in at_once}, position)
-        else:
-            sizes = {name: 4 * int(fetched[output]) for name, output in self._sizes.items()}
+        names = list(self._shapes.values())
+        for tap in self._taps.values():
+            names += tap.numbers
+        leaving = {name: tap.values for name, tap in self._taps.items() if tap.values is not None}
+        at_once = leaving if self._max_memory_bytes is None else {}
+        fetched = self._fetch([*names, *at_once.values()], row, position)
+        for name, tap in self._taps.items():
+            if tap.values is None:
+                self._show_extremes(name, tap.seen(fetched), row, position)
+            elif name in at_once:
+                self._show_values(name, fetched[tap.values], fetched, row, position)
+        if len(at_once) < len(leaving):
+            sizes = {name: self._taps[name].leaving_bytes(fetched) for name in leaving}
             for part in self._slices(sizes):
-                self._show_whole(self._fetch(part, row, position), position)
-        return {name: tuple(fetched[output].tolist()) for name, output in self._shapes.items()}
+                values = self._fetch([leaving[name] for name in part], row, position)
+                for name in part:
+                    self._show_values(name, values[leaving[name]], fetched, row, position)
+        shown = {name: tuple(fetched[output].tolist()) for name, output in self._shapes.items()}
+        return self._known | shown
 
     def _fetch(self, names: list[str], row: Mapping[str, Array], position: int) -> dict[str, Array]:
         try:
@@ -133,30 +129,37 @@ class Probe:
         if part:
             yield part
 
-    def _show_whole(self, tensors: Mapping[str, Array], position: int) -> None:
-        for name, values in tensors.items():
-            try:
-                self.collected[name].update(values.astype(np.float32, copy=False))
-            except FloatingPointError as error:
-                raise _not_finite(name, position) from error
-
-    def _show_extremes(
+    def _show_values(
         self,
         tensor: str,
-        extremes: _Extremes,
+        values: Array,
         fetched: Mapping[str, Array],
         row: Mapping[str, Array],
         position: int,
     ) -> None:
-        elements = int(fetched[extremes.size])
-        if elements == 0:
+        tap, histogram = self._taps[tensor], self._histograms[tensor]
+        floats = values.astype(np.float32, copy=False)
+        try:
+            if tap.each is None:
+                histogram.update(floats)
+            else:
+                seen = tap.seen(fetched)
+                self._check_finite(tensor, seen, row, position)
+                histogram.update_share(seen.lo, seen.hi, seen.elements, floats, tap.each)
+        except FloatingPointError as error:
+            raise _not_finite(tensor, position) from error
+
+    def _show_extremes(self, tensor: str, seen: Seen, row: Mapping[str, Array], position: int) -> None:
+        if seen.elements == 0:
             return
-        lo, hi = float(fetched[extremes.lo]), float(fetched[extremes.hi])
-        if extremes.total is not None and not np.isfinite((lo, hi, float(fetched[extremes.total]))).all():
+        self._check_finite(tensor, seen, row, position)
+        if not math.isnan(seen.lo) and not math.isnan(seen.hi):
+            lo, hi = (min(max(value, -_FLOAT_MAX), _FLOAT_MAX) for value in (seen.lo, seen.hi))
+            self.collected[tensor].merge(lo, hi, seen.elements)
+
+    def _check_finite(self, tensor: str, seen: Seen, row: Mapping[str, Array], position: int) -> None:
+        if seen.total is not None and not np.isfinite((seen.lo, seen.hi, seen.total)).all():
             self._check_values(tensor, row, position)
-        if not math.isnan(lo) and not math.isnan(hi):
-            lo, hi = (min(max(value, -_FLOAT_MAX), _FLOAT_MAX) for value in (lo, hi))
-            self.collected[tensor].merge(lo, hi, elements)
 
     def _check_values(self, tensor: str, row: Mapping[str, Array], position: int) -> None:
         """Look at the tensor itself: a sum can overflow where every value is finite."""

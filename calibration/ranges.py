@@ -61,16 +61,20 @@ def entropy_range(histogram: Histogram) -> tuple[float, float]:
     """
     weights, width = _coarse(histogram)
     half = len(weights) // 2
+    beneath = np.concatenate(([0.0], np.cumsum(weights)))
+    each = float(histogram.counts.sum()) / max(histogram.looked_at, 1)
 
     def divergence(lo: float, hi: float) -> float:
         first, last = half + math.floor(lo / width), half + math.ceil(hi / width)
-        inside = weights[first:last]
         if last - first <= LEVELS:
             return math.inf
+        inside = weights[first:last]
         clipped = inside.copy()
-        clipped[0] += weights[:first].sum()
-        clipped[-1] += weights[last:].sum()
-        return _divergence(clipped, _spread_over_levels(inside))
+        clipped[0] += beneath[first]
+        clipped[-1] += beneath[-1] - beneath[last]
+        spread, freedom = _spread_over_levels(inside)
+        # Counts that are even but for chance diverge by half a nat a degree of freedom (Miller, 1955).
+        return _divergence(clipped, spread) - 0.5 * freedom * each / max(float(beneath[-1]), each)
 
     return _best_range(histogram, divergence)
 
@@ -117,16 +121,18 @@ def _nonzero(histogram: Histogram) -> tuple[Doubles, Doubles]:
     return histogram.centers()[held], weights[held]
 
 
-def _spread_over_levels(inside: Doubles) -> Doubles:
-    """What is left of a distribution after quantization: each level's mass, even over its occupied bins."""
-    starts = np.arange(LEVELS) * len(inside) // LEVELS
-    occupied = (inside > 0).astype(np.float64)
-    mass = np.add.reduceat(inside, starts)
-    bins = np.add.reduceat(occupied, starts)
-    mean = np.divide(mass, bins, out=np.zeros(LEVELS), where=bins > 0)
-    lengths = np.diff(np.append(starts, len(inside)))
-    spread: Doubles = np.repeat(mean, lengths) * occupied
-    return spread
+def _spread_over_levels(inside: Doubles) -> tuple[Doubles, int]:
+    """What is left of a distribution after quantization: each level's mass, even over its occupied bins.
+
+    With it, in how many ways the bins could differ within their levels: occupied bins less occupied levels.
+    """
+    edges = np.arange(LEVELS + 1) * len(inside) // LEVELS
+    held = inside > 0
+    mass = np.add.reduceat(inside, edges[:-1])
+    bins = np.add.reduceat(held, edges[:-1], dtype=np.int64)
+    mean = mass / np.maximum(bins, 1)
+    spread: Doubles = np.repeat(mean, edges[1:] - edges[:-1]) * held
+    return spread, int(bins.sum()) - int(np.count_nonzero(bins))
 
 
 def _divergence(reference: Doubles, quantized: Doubles) -> float:

@@ -151,4 +151,5 @@ def _scales(probe: Probe, observer: Observer, samples: int, index: Index) -> Sca
         if collected.elements:
             lo, hi = within(observer.range(collected), useful_range(name, index))
             tensors[name] = TensorRange(lo, hi, collected.lo, collected.hi, collected.elements)
+    tensors.update({name: tensors[end] for name, end in probe.merged.items() if end in tensors})
     return Scales(observer.name, observer.settings, samples, tensors, dict(probe.macs.totals))

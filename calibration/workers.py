@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from calibration.graph import Array
-from calibration.macs import Shape
 from calibration.probe import Probe
+from calibration.shapes import Shape
 
 
 class Workers:

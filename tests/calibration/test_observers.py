@@ -105,18 +105,30 @@ def test_large_rows_are_counted_in_any_order() -> None:
 
 
 def test_a_share_of_a_large_row_stands_for_all() -> None:
-    """The ends of a large row are exact, values beyond half its magnitude all count, others in shares."""
+    """The ends of a large row are exact, and each part of its distribution is counted in proportion."""
     row = large_row(0, 9 * MOST_COUNTED)
     shared, whole = Histogram(), Histogram()
     shared.update(row)
     for piece in np.split(row, 9):
         whole.update(piece)
     assert (shared.lo, shared.hi, shared.elements) == (whole.lo, whole.hi, whole.elements)
-    beyond = np.abs(shared.centers()) > 4.5
-    np.testing.assert_array_equal(shared.counts[beyond], whole.counts[beyond])
+    assert (shared.looked_at, whole.looked_at) == (-(-row.size // 11), row.size)
     assert int(shared.counts.sum()) == pytest.approx(row.size, rel=1e-3)
     for one, other in zip(np.cumsum(shared.counts)[::64], np.cumsum(whole.counts)[::64], strict=True):
         assert one == pytest.approx(other, abs=row.size / 100)
+
+
+def test_chance_in_a_share_does_not_clip() -> None:
+    """Entropy clips a share of the values as it clips all: the noise of counting is no information."""
+    rows = [np.random.default_rng(i).normal(0, 1, 40 * MOST_COUNTED).astype(np.float32) for i in range(6)]
+    shared, whole = Histogram(), Histogram()
+    for row in rows:
+        shared.update(row)
+        for piece in np.split(row, 40):
+            whole.update(piece)
+    entropy = observer_named("entropy")
+    assert shared.looked_at < whole.looked_at / 39
+    assert np.ptp(entropy.range(shared)) == pytest.approx(np.ptp(entropy.range(whole)), rel=0.12)
 
 
 @pytest.mark.parametrize("channels", [3, 384, 768])
