@@ -69,7 +69,8 @@ def agent(tmp_path: Path) -> Iterator[str]:
     control = tmp_path / "control.sock"
     (tmp_path / "agent.toml").write_text(
         f'state_dir = "{tmp_path / "state"}"\nkeys_dir = "{tmp_path / "keys"}"\n'
-        f'control_socket = "{control}"\nthreads = 1\n[http]\nport = 0\n[metrics]\nport = 0\n'
+        f'control_socket = "{control}"\nthreads = 1\n'
+        "[http]\nport = 0\n[metrics]\nport = 0\n[probation]\nduration_s = 0.1\n"
     )
     command = [sys.executable, "-m", "device_agent.cli", "serve", "--config", str(tmp_path / "agent.toml")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -92,7 +93,16 @@ def test_a_signed_bundle_is_deployed(tmp_path: Path, agent: str) -> None:
     deployed = local.deploy(first.directory, agent, states.append)
     assert (deployed.address, deployed.name, deployed.digest) == (agent, "scale", first.digest)
     assert (deployed.state, deployed.signer, deployed.previous) == ("committed", "release", None)
-    assert states == ["received", "verified", "staged", "prepared", "selftested", "switched", "committed"]
+    assert states == [
+        "received",
+        "verified",
+        "staged",
+        "prepared",
+        "selftested",
+        "switched",
+        "probation",
+        "committed",
+    ]
     assert local.deploy(second.archive, agent, states.append).previous == first.digest
 
 
