@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from edgekit import __version__, interrupt
-from edgekit.errors import ContractUnmet, EdgekitError
+from edgekit.errors import ContractUnmet, DeviceRefused, EdgekitError
 
 _INTERRUPTED = 130
 
@@ -398,23 +398,150 @@ def export_triton(bundle_path: Path, repository: Path, labels: str | None, as_js
         click.echo(f"{exported.directory / str(exported.version)}: {exported.name} {exported.digest[:12]}")
 
 
+inventory_option = click.option(
+    "--inventory", type=path_argument, help="The fleet: TOML, or an Ansible inventory in INI form."
+)
+group_option = click.option("--group", help="Only this group, or this device, of the inventory.")
+parallel_option = click.option(
+    "--parallel", type=click.IntRange(1, 256), default=8, show_default=True, help="Devices at the same time."
+)
+ssh_config_option = click.option(
+    "--ssh-config", type=path_argument, help="In the place of the ssh configuration of this user."
+)
+
+
 @cli.command()
 @click.argument("bundle_path", metavar="BUNDLE", type=path_argument)
 @click.option(
-    "--to", "address", default="local", show_default=True, help="local, or unix:///path/control.sock"
+    "--to",
+    "addresses",
+    multiple=True,
+    metavar="ADDRESS",
+    help="ssh://[user@]host[:port], several times; local (the default); or unix:///path/control.sock.",
 )
+@inventory_option
+@group_option
+@click.option("--waves", default="100%", show_default=True, help="How far to go at each step: 1,10%,100%.")
+@click.option(
+    "--max-failures",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Begin no device more once more than so many failed.",
+)
+@parallel_option
+@click.option("--retry-failed", is_flag=True, help="Try devices again that failed in an earlier run.")
+@click.option("--record", type=path_argument, help="The rollout's record; default under .edgekit/rollouts.")
+@ssh_config_option
 @json_option
-def deploy(bundle_path: Path, address: str, as_json: bool) -> None:
-    """Install a bundle on an agent of this machine; traffic moves after its self-test."""
+def deploy(
+    bundle_path: Path,
+    addresses: tuple[str, ...],
+    inventory: Path | None,
+    group: str | None,
+    waves: str,
+    max_failures: int,
+    parallel: int,
+    retry_failed: bool,
+    record: Path | None,
+    ssh_config: Path | None,
+    as_json: bool,
+) -> int:
+    """Bring a bundle to devices; each goes on with what it served unless the bundle proves itself there."""
     from dataclasses import asdict
 
-    from edgekit.deploy import local
+    from edgekit.deploy import job, rollout
 
-    result = local.deploy(bundle_path, address, lambda state: click.echo(f"  {state}", err=True))
+    request = job.Request(
+        bundle_path,
+        addresses,
+        inventory,
+        group,
+        waves,
+        max_failures,
+        parallel,
+        retry_failed,
+        record,
+        ssh_config,
+    )
+    result = job.deploy(request, lambda text: click.echo(f"  {text}", err=True))
+    if isinstance(result, rollout.Result):
+        return _print_rollout(result, as_json)
     if as_json:
         _print_json(asdict(result))
     else:
-        click.echo(f"{result.name} {result.digest[:12]} serves at {address}")
+        click.echo(f"{result.name} {result.digest[:12]} serves at {result.address}")
+    return 0
+
+
+def _print_rollout(result: Any, as_json: bool) -> int:
+    if as_json:
+        _print_json(result.document())
+    else:
+        for name, outcome in result.devices.items():
+            click.echo(f"{name:<24} {outcome.state if outcome else 'not begun'}")
+    if result.interrupted:
+        _print_error("interrupted", "Ctrl-C", "run the same command again: it goes on from the record")
+        return _INTERRUPTED
+    if result.complete:
+        return 0
+    failed = [f"{o.device} ({o.state}: {o.what}: {o.why})" for o in result.failed]
+    _print_error(
+        f"the rollout stopped: {len(failed)} of {len(result.devices)} devices failed",
+        "; ".join(failed),
+        "correct the cause and run it again; --retry-failed tries those that refused the bundle",
+    )
+    return DeviceRefused.exit_code
+
+
+@cli.group()
+def fleet() -> None:
+    """Many devices."""
+
+
+@fleet.command("status")
+@click.option("--to", "addresses", multiple=True, metavar="ADDRESS", help="ssh://[user@]host[:port].")
+@inventory_option
+@group_option
+@parallel_option
+@ssh_config_option
+@json_option
+def fleet_status(
+    addresses: tuple[str, ...],
+    inventory: Path | None,
+    group: str | None,
+    parallel: int,
+    ssh_config: Path | None,
+    as_json: bool,
+) -> int:
+    """Show what every device serves; exit code 5 if one is out of reach or serves less than it should."""
+    from dataclasses import asdict
+
+    from edgekit.deploy import fleet as asking
+    from edgekit.deploy import job, ssh
+
+    devices = job.devices(addresses, inventory, group)
+    options = ssh.SshOptions(ssh_config, batch=ssh.batch_needed(len(devices)))
+    found = asking.status(devices, options, parallel)
+    if as_json:
+        _print_json({"devices": [asdict(device) for device in found]})
+    else:
+        for device in found:
+            _print_device(device)
+    return 0 if all(device.healthy for device in found) else DeviceRefused.exit_code
+
+
+def _print_device(device: Any) -> None:
+    if not device.reachable:
+        click.echo(f"{device.device:<24} unreachable: {device.error}")
+        return
+    click.echo(f"{device.device:<24} agent {device.agent} {device.architecture}")
+    for model in device.models:
+        digest = (model["digest"] or "-")[:12]
+        serving = "serves" if model["serving"] else "does not serve"
+        click.echo(f"  {model['name']} {model['version']} {digest} {serving}, last: {model['state']}")
+        if model["failure"]:
+            click.echo(f"    {model['failure']['what']}: {model['failure']['why']}")
 
 
 @cli.command()

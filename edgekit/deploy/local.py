@@ -32,8 +32,10 @@ class Deployment:
         version: the manifest's version number.
         state: the state that the device reported last: ``committed``.
         previous: digest of the version that was active before; None if there was none.
-        signer: name of the key that the device trusted; empty for an unsigned bundle.
+        signer: name of the key that the device trusted; empty for an unsigned bundle; None where the device
+            did not say, since it had the version already or the link broke.
         pause: why and for about how long the device did not serve the model meanwhile; empty: it did.
+        unchanged: whether the device served this version already, so that nothing was done.
     """
 
     address: str
@@ -42,8 +44,9 @@ class Deployment:
     version: int
     state: str
     previous: str | None
-    signer: str
+    signer: str | None
     pause: str = ""
+    unchanged: bool = False
 
 
 def deploy(bundle: Path, address: str, progress: Callable[[str], None]) -> Deployment:
@@ -79,14 +82,10 @@ def socket_path(address: str) -> Path:
     parts = urlsplit(address)
     if parts.scheme == "unix" and parts.netloc == "" and parts.path.startswith("/"):
         return Path(parts.path)
-    if parts.scheme == "ssh":
-        raise BadInput(
-            f"cannot deploy to {address}",
-            "deployment over SSH is not there yet",
-            "copy the bundle and run `edgekit-agent install BUNDLE` on the device",
-        )
     raise BadInput(
-        f"cannot deploy to {address!r}", "it is not an address", "use local or unix:///path/to/control.sock"
+        f"cannot deploy to {address!r}",
+        "it is not an address",
+        "use ssh://[user@]host[:port], local, or unix:///path/to/control.sock",
     )
 
 

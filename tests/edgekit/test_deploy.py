@@ -159,7 +159,6 @@ def test_an_agent_that_dies_is_a_failed_deployment(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("ssh://user@host", "not there yet"),
         ("http://host:8000", "is not an address"),
         ("unix://relative.sock", "is not an address"),
         ("unix:relative.sock", "is not an address"),
