@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
+from device_agent.core_list import format_cpus, is_number, parse_cpus
 from device_agent.errors import Refused
 
 _NODES = Path("/sys/devices/system/node")
-_MAX_CORES = 1024
 _MASK_BITS = 1024  # of a mask of memory nodes
 _MPOL_DEFAULT, _MPOL_BIND = 0, 2  # linux/mempolicy.h
 _POLICIES = {0: "default", 1: "preferred", 2: "bind", 3: "interleave", 4: "local", 5: "preferred many"}
@@ -46,39 +46,6 @@ class Placement:
 
 
 ANYWHERE = Placement()
-
-
-def parse_cpus(text: str) -> Tuple[int, ...]:
-    """Read a list of cores as the kernel writes it, ``0-1,4``; empty text is an empty list.
-
-    Raises:
-        ValueError: it is malformed.
-    """
-    cores: Set[int] = set()
-    for part in text.split(",") if text.strip() else ():
-        first, dash, last = part.strip().partition("-")
-        if not _is_number(first) or (dash and not _is_number(last)):
-            raise ValueError(f"{part.strip()!r} is neither a core nor a range of cores")
-        low, high = int(first), int(last or first)
-        if not low <= high < _MAX_CORES:
-            raise ValueError(f"{part.strip()!r} is not an ascending range below {_MAX_CORES}")
-        cores.update(range(low, high + 1))
-    return tuple(sorted(cores))
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 5
-
-
-def format_cpus(cores: Iterable[int]) -> str:
-    """Write a list of cores as the kernel does."""
-    ranges: List[List[int]] = []
-    for core in sorted(set(cores)):
-        if ranges and core == ranges[-1][1] + 1:
-            ranges[-1][1] = core
-        else:
-            ranges.append([core, core])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
 
 
 def resolve(placement: Placement) -> Placement:
@@ -259,6 +226,6 @@ def pages_by_node(process: int) -> Dict[str, int]:
         return counts
     for field in maps.split():
         node, equals, pages = field.partition("=")
-        if equals and node[:1] == "N" and _is_number(node[1:]) and _is_number(pages):
+        if equals and node[:1] == "N" and is_number(node[1:]) and is_number(pages):
             counts[node[1:]] = counts.get(node[1:], 0) + int(pages)
     return counts

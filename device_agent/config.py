@@ -57,9 +57,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Mapping, Optional
 
-from device_agent.affinity import parse_cpus
 from device_agent.batching.settings import Batching, problems
 from device_agent.bounded import Timeouts
+from device_agent.core_list import parse_cpus
 from device_agent.errors import BadInput
 from device_agent.follow.settings import Follow
 from device_agent.follow.settings import problems as follow_problems

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, Dict, List, Set
 
 from device_agent import affinity
+from device_agent.core_list import format_cpus, parse_cpus
 from device_agent.engines.base import Engine, EngineSettings
 from device_agent.memory import resident_bytes
 
@@ -34,7 +35,7 @@ def report(loaded: LoadedModel, asked: EngineSettings) -> Dict[str, Any]:
     return {
         "asked": {
             "threads": asked.threads,
-            "cpus": affinity.format_cpus(asked.placement.cpus),
+            "cpus": format_cpus(asked.placement.cpus),
             "numa_node": asked.placement.numa_node,
         },
         "runtime": engine.runtime,
@@ -62,4 +63,4 @@ def _placed(entries: List[Dict[str, Any]], asked: EngineSettings) -> Any:
     wanted = set(asked.placement.cpus)
     if not wanted:
         return None
-    return all(set(affinity.parse_cpus(entry["cpus"])) <= wanted for entry in entries)
+    return all(set(parse_cpus(entry["cpus"])) <= wanted for entry in entries)

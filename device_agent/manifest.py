@@ -27,8 +27,9 @@ from device_agent.errors import ManifestError
 from device_agent.manifest_checks import problems
 from device_agent.manifest_form import malformed
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _COMPOSITION_SCHEMA = 2  # the first that knows compositions
+_RESOURCES_SCHEMA = 3  # the first that knows resources
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "model.sig"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
@@ -136,6 +137,21 @@ class Contract:
 
 
 @dataclass(frozen=True)
+class Resources:
+    """What of the device the model should run on, where the agent's configuration does not say.
+
+    Attributes:
+        threads: of one inference; 0: as many as its cores; None: as the agent's other models.
+        cpus: the cores that its threads may use, as the kernel writes them (``0-1,4``); empty: any.
+        numa_node: the node that its memory comes from, and its cores where ``cpus`` names none; None: any.
+    """
+
+    threads: Optional[int] = None
+    cpus: str = ""
+    numa_node: Optional[int] = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a device needs to know about a bundle.
 
@@ -160,6 +176,7 @@ class Manifest:
         provenance: tool versions, the digest of the original model, the seed.
         composition: the steps of a model that is made of several graphs, in any order; empty: it is
             ``graph`` alone.
+        resources: cores and threads on the device that it was made for; None: the agent's own.
     """
 
     schema: int
@@ -180,6 +197,7 @@ class Manifest:
     measurements: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     composition: Tuple[Step, ...] = ()
+    resources: Optional[Resources] = None
 
 
 # Writing
@@ -191,12 +209,16 @@ def dumps(manifest: Manifest) -> bytes:
     document = asdict(manifest)
     if not manifest.composition:  # so that agents which know none can read what has none
         del document["composition"]
+    if manifest.resources is None:
+        del document["resources"]
     text = json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode()
 
 
 def schema_of(manifest: Manifest) -> int:
     """The oldest schema that holds all of a manifest: the one to write, so that older agents can read it."""
+    if manifest.resources is not None:
+        return _RESOURCES_SCHEMA
     return _COMPOSITION_SCHEMA if manifest.composition else 1
 
 
@@ -290,6 +312,7 @@ def _check_schema(schema: Any) -> None:
 def _check(manifest: Manifest) -> None:
     """Check what types cannot say."""
     if manifest.schema < schema_of(manifest):
-        raise malformed(f"schema {manifest.schema} has no 'composition'")
+        newest = "resources" if manifest.resources is not None else "composition"
+        raise malformed(f"schema {manifest.schema} has no '{newest}'")
     for problem in problems(manifest, {MANIFEST_NAME, SIGNATURE_NAME}):
         raise malformed(problem)

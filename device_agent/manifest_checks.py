@@ -11,9 +11,10 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Iterator, List, Set, Tuple
 
 from device_agent.composition.plan import PlanError, order
+from device_agent.core_list import parse_cpus
 
 if TYPE_CHECKING:
-    from device_agent.manifest import Manifest
+    from device_agent.manifest import Manifest, Resources
 
 MAX_FILES = 4096
 #: Tensor types of the Open Inference Protocol v2, section "Tensor Data Types".
@@ -36,6 +37,8 @@ def problems(manifest: Manifest, reserved: Set[str]) -> Iterator[str]:
     for holds, why in _conditions(manifest, reserved):
         if not holds:
             yield why
+    if manifest.resources is not None:
+        yield from _resource_problems(manifest.resources)
     if manifest.composition:
         try:
             order(
@@ -45,6 +48,17 @@ def problems(manifest: Manifest, reserved: Set[str]) -> Iterator[str]:
             )
         except PlanError as error:
             yield f"the composition cannot run: {error}"
+
+
+def _resource_problems(resources: Resources) -> Iterator[str]:
+    if resources.threads is not None and resources.threads < 0:
+        yield "resources.threads is negative"
+    if resources.numa_node is not None and resources.numa_node < 0:
+        yield "resources.numa_node is negative"
+    try:
+        parse_cpus(resources.cpus)
+    except ValueError as error:
+        yield f"resources.cpus: {error}"
 
 
 def safe_path(path: str) -> bool:

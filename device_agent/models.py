@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
-from device_agent.affinity import ANYWHERE, Placement, parse_cpus, resolve
+from device_agent.affinity import ANYWHERE
 from device_agent.batching.batcher import Batcher, BatcherSettings
 from device_agent.batching.cores import Shares, on_one_core
 from device_agent.batching.settings import Batching
@@ -28,11 +28,12 @@ from device_agent.engines import candidates, keep_up, on_restart, open_as_set, w
 from device_agent.engines.base import Engine, EngineError, EngineSettings
 from device_agent.engines.source import EngineSource
 from device_agent.errors import Refused
-from device_agent.manifest import Manifest
+from device_agent.manifest import Manifest, Resources
 from device_agent.memory import give_back, resident_bytes
 from device_agent.metrics import Metrics
 from device_agent.probation.verdict import Reference
 from device_agent.probation.watch import Watch, reference_of
+from device_agent.resources import NO_WISHES, engine_settings
 from device_agent.selftest import SelfTest, check, load_arrays
 from device_agent.swap_plan import (
     NOTHING_TO_STOP,
@@ -113,7 +114,7 @@ class Models:
                 "it comes from the model repository",
                 "unload it there, or start the agent without --model-repository",
             )
-        settings = self._engine_settings(manifest.name)
+        settings = self._engine_settings(manifest)
         failure: Optional[Refused] = None
         started_s, before_bytes = time.monotonic(), resident_bytes(os.getpid())
         for engine in candidates(directory, manifest, settings):
@@ -145,7 +146,7 @@ class Models:
     def describe_engine(self, name: str) -> Optional[Dict[str, Any]]:
         """Where a model's engine runs, read back now (see ``engine_report``); None if it does not serve."""
         loaded = self.get(name)
-        return None if loaded is None else report(loaded, self._engine_settings(name))
+        return None if loaded is None else report(loaded, self._engine_settings(loaded.manifest))
 
     def plan_swap(self, manifest: Manifest) -> SwapPlan:
         """How a version would take the place of the one that serves, with what is free now."""
@@ -234,9 +235,7 @@ class Models:
             Missing: ONNX Runtime is not installed.
             Refused: it does not take the file.
         """
-        settings = self._engine_settings(name)
-        if threads is not None and self._config.of_model(name).threads < 0:
-            settings = replace(settings, threads=threads)
+        settings = engine_settings(self._config, name, Resources(threads))
         engine = open_as_set(EngineSource("onnxruntime", str(graph)), settings)
         keep_up(engine, _accept_any)
         return engine
@@ -331,22 +330,14 @@ class Models:
                 return f"a run of {name} {loaded.version} takes longer than {timeout_s:g} s"
         return ""
 
-    def _engine_settings(self, name: str) -> EngineSettings:
-        model = self._config.of_model(name)
-        node = None if model.numa_node < 0 else model.numa_node
-        placement = resolve(Placement(parse_cpus(model.cpus), node))
-        return EngineSettings(
-            self._config.threads if model.threads < 0 else model.threads,
-            placement,
-            model.isolate,
-            model.run_timeout_s,
-        )
+    def _engine_settings(self, manifest: Manifest) -> EngineSettings:
+        return engine_settings(self._config, manifest.name, manifest.resources or NO_WISHES)
 
     def _batcher(
         self, engine: Engine, manifest: Manifest, digest: str, max_batch_size: int, batching: Batching
     ) -> Batcher:
         model = self._config.of_model(manifest.name)
-        placed = self._engine_settings(manifest.name)
+        placed = self._engine_settings(manifest)
         settings = BatcherSettings(
             max_batch_size=max_batch_size,
             max_queue_size=model.max_queue_size or self._config.limits.max_queue_size,

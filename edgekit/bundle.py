@@ -23,11 +23,13 @@ from device_agent.manifest import (
     MANIFEST_NAME,
     FileEntry,
     Manifest,
+    Resources,
     digest,
     dumps,
     schema_of,
 )
 from edgekit.errors import BadInput
+from edgekit.profile import Profile
 
 _CHUNK_BYTES = 1024 * 1024
 
@@ -81,6 +83,12 @@ def pack(staging: Path, manifest: Manifest, out: Path) -> Bundle:
         if not _holds(single, identity):
             archive.pack(directory, single)
     return Bundle(directory, single, identity, manifest)
+
+
+def resources_of(profile: Profile) -> Resources | None:
+    """What a bundle for a device asks its agent for; None where the profile says nothing of it."""
+    serving = profile.serving
+    return None if serving is None else Resources(serving.threads, serving.cpus, serving.numa_node)
 
 
 @contextmanager

@@ -127,6 +127,7 @@ def pack_composition(
             contract=Contract(),
             provenance={"edgekit": __version__},
             composition=tuple(ordered),
+            resources=bundle.resources_of(profile),
         )
         return bundle.pack(staging, manifest, out)
 

@@ -111,6 +111,20 @@ class PowerMode(_Strict):
     source: Text
 
 
+class Serving(_Strict):
+    """What of the device a model runs on, where the agent's own configuration does not say.
+
+    Attributes:
+        threads: of one inference; 0: as many as its cores; None: as the agent's other models.
+        cpus: the cores that its threads may use, such as ``0-1,4``; empty: any.
+        numa_node: the node that its memory comes from; None: any.
+    """
+
+    threads: Annotated[int, Field(ge=0)] | None = None
+    cpus: Annotated[str, Field(pattern=r"^(\d{1,3}(-\d{1,3})?(,\d{1,3}(-\d{1,3})?)*)?$")] = ""
+    numa_node: Annotated[int, Field(ge=0)] | None = None
+
+
 class Profile(_Strict):
     """A device.
 
@@ -126,6 +140,7 @@ class Profile(_Strict):
         highest_opset: the newest ONNX opset that every version in ``runtime.versions`` reads.
         python: versions of Python on the device.
         power_modes: if the device has any.
+        serving: threads and cores that bundles for it ask for; None: whatever the agent gives.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -140,6 +155,7 @@ class Profile(_Strict):
     alignment: dict[Precision, PositiveInt]
     peak: dict[Precision, Peak]
     power_modes: Annotated[tuple[PowerMode, ...], Field(strict=False)] = ()
+    serving: Serving | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Profile:
@@ -274,6 +290,7 @@ _TABLES: dict[str, type[_Strict]] = {
     "memory": Memory,
     "peak": Peak,
     "power_modes": PowerMode,
+    "serving": Serving,
 }
 
 

@@ -64,6 +64,7 @@ def make_bundle(
             contract=_contract(contract, outcome),
             preprocessing=preprocess.to_manifest(description),
             measurements=_reproducible(outcome),
+            resources=bundle.resources_of(profile),
             provenance={"edgekit": __version__, "model_digest": model.digest, "seed": recipe.seed},
         )
         return bundle.pack(staging, manifest, out)

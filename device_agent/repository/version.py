@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple
 
 from device_agent.batching.settings import Batching, QueuePolicy, problems
-from device_agent.manifest import Contract, Golden, Manifest
+from device_agent.manifest import Contract, Golden, Manifest, Resources
 from device_agent.models import LoadedModel, Models, is_batchable
 from device_agent.repository import files
 from device_agent.repository.completion import complete, specs
@@ -84,6 +84,7 @@ def _manifest(config: ModelConfig, version: int, graph: Path) -> Manifest:
         engines=(),
         golden=Golden("", "", {}),
         contract=Contract(),
+        resources=Resources(config.threads),
     )
 
 

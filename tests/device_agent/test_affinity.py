@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from agent_testing import AgentProcess, linear, linear_bundle
 from device_agent import affinity
-from device_agent.affinity import Placement, format_cpus, parse_cpus
+from device_agent.affinity import Placement
+from device_agent.core_list import format_cpus, parse_cpus
 from device_agent.engines.base import EngineSettings
 from device_agent.engines.onnxruntime import open_graph
 from device_agent.errors import Refused

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from device_agent import engines, selftest
 from device_agent.engines.base import EngineSettings
+from device_agent.manifest import Resources
 from edgekit import bundle, profile
 from edgekit.composition import Release, StepFile, pack_composition
 from edgekit.errors import BadInput
@@ -85,6 +86,22 @@ def test_the_same_steps_give_the_same_bundle(tmp_path: Path, steps: list[StepFil
     """A composition's digest depends on its content alone, not on the order in which its steps were named."""
     first, second = _pack(steps, tmp_path / "1"), _pack(steps[::-1], tmp_path / "2")
     assert first.digest == second.digest
+
+
+def test_a_profiles_cores_travel_in_the_bundle(tmp_path: Path, steps: list[StepFile]) -> None:
+    """What a profile says of serving is what the device reads in the manifest."""
+    own = tmp_path / "own.toml"
+    table = '\n[serving]\nthreads = 2\ncpus = "0-1"\n'
+    own.write_text(profile.to_toml(profile.load("x86-cpu")) + table)
+    packed = pack_composition(
+        steps,
+        {"image": IMAGE},
+        ["label"],
+        release=RELEASE,
+        profile=profile.load(own),
+        out=tmp_path / "out",
+    )
+    assert packed.manifest.resources == Resources(threads=2, cpus="0-1")
 
 
 @pytest.mark.parametrize(
