@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -88,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     trust.add_argument("document", type=Path, nargs="?", help="what `edgekit rotate-key` wrote")
     add("status", _status, "show what serves, how the last operation ended, and the keys that count")
     add("connect", _connect, "the device's end of `edgekit deploy --to ssh://...`")
+    logs = add("logs", _logs, "show what the journal holds of the agent")
+    logs.add_argument("--lines", type=int, default=100, help="how many, counted from the end; default 100")
     add("check", _check, "can this device serve?")
     return parser
 
@@ -99,11 +102,11 @@ def _set_up_logging(options: argparse.Namespace) -> None:
     import logging
 
     if options.run is _serve or options.debug:
-        logging.basicConfig(
-            level=logging.DEBUG if options.debug else logging.INFO,
-            format="%(levelname)s %(name)s: %(message)s",
-            stream=sys.stderr,
-        )
+        from device_agent.systemd.log_format import formatter
+
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(formatter(os.environ))
+        logging.basicConfig(level=logging.DEBUG if options.debug else logging.INFO, handlers=[handler])
     else:
         logging.getLogger("device_agent").addHandler(logging.NullHandler())
 
@@ -210,6 +213,14 @@ def _check(options: argparse.Namespace) -> int:
     document = {"ok": serves, "findings": [asdict(finding) for finding in findings]}
     _print(options, document, [f"{f.status:8} {f.subject}: {f.detail}" for f in findings])
     return 0 if serves else Missing.exit_code
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from device_agent.systemd import logs
+
+    entries = logs.read(options.lines)
+    _print(options, entries, [f"{entry['time']} {entry['message']}" for entry in entries])
+    return 0
 
 
 # Asking the agent

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import os
 import re
 import socket
@@ -16,11 +18,13 @@ import pytest
 import tritonclient.http
 
 from agent_testing import AgentProcess, install, linear_bundle
+from device_agent import cli
 from device_agent.batching.execution import EngineThread
 from device_agent.batching.job import Job
 from device_agent.errors import BadInput
 from device_agent.server.control import request
 from device_agent.systemd import activation
+from device_agent.systemd.log_format import formatter
 from device_agent.systemd.notify import ServiceManager
 from device_agent.systemd.watchdog import given_time, watched
 
@@ -374,3 +378,54 @@ def test_sockets_of_another_process_are_left_alone() -> None:
     assert environment == {}
     with pytest.raises(BadInput, match="LISTEN_FDS is not a number"):
         activation.take({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "many"})
+
+
+# The journal
+
+
+def test_the_journal_gets_the_priority_of_every_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """Errors are errors in `journalctl -p err`, a traceback's lines too; on a terminal there is no prefix."""
+    status = os.fstat(sys.stderr.fileno())
+    record = logging.LogRecord("device_agent", logging.ERROR, "", 0, "it broke\nhere", (), None)
+    journal = formatter({"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"})
+    assert journal.format(record) == "<3>device_agent: it broke\n<3>here"
+    assert formatter({"JOURNAL_STREAM": "1:1"}).format(record) == "ERROR device_agent: it broke\nhere"
+
+
+def stand_in_journalctl(directory: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Put a double of journalctl, which would need a running systemd, on PATH."""
+    tool = directory / "journalctl"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(directory))
+
+
+def test_logs_shows_the_units_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One JSON document with the time, priority and text of each line; bytes that are not text are shown."""
+    stand_in_journalctl(
+        tmp_path,
+        monkeypatch,
+        """
+printf '{"__REALTIME_TIMESTAMP": "1000000", "PRIORITY": "3", "MESSAGE": "%s"}\n' "$2 $4"
+echo '{"__REALTIME_TIMESTAMP": "2000000", "MESSAGE": [104, 105, 255]}'
+""",
+    )
+    assert cli.main(["logs", "--lines", "7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {"time": "1970-01-01T00:00:01.000+00:00", "priority": 3, "message": "edgekit-agent.service 7"},
+        {"time": "1970-01-01T00:00:02.000+00:00", "priority": 6, "message": "hi\ufffd"},
+    ]
+
+
+def test_logs_says_what_is_in_its_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No journalctl is exit code 4; a journal that this user may not read is 5, with journalctl's reason."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main(["logs"]) == 4
+    assert "journalctl is not on this machine" in capsys.readouterr().err
+    stand_in_journalctl(tmp_path, monkeypatch, "echo 'No permission' >&2; exit 1")
+    assert cli.main(["logs"]) == 5
+    assert "No permission" in capsys.readouterr().err
