@@ -1,8 +1,9 @@
 """Which other files an ONNX graph reads: only regular files beside it, never the rest of the device.
 
-ONNX lets a tensor name a file for its data. ONNX Runtime before 1.20 opens whatever path stands there, and
-newer ones also know a name that stands for an address in the process's own memory. So the names are read
-here first, with as much of protobuf as that needs. The field numbers are those of onnx.proto (ONNX 1.16):
+ONNX lets a tensor name a file for its data. ONNX Runtime 1.19, the newest for Python 3.8, opens whatever path
+stands there (1.32 does not), and newer ones also know a name that stands for an address in the process's own
+memory. So the names are read here first, with as much of protobuf as that needs. The field numbers are those
+of onnx.proto (ONNX 1.16):
 
     ModelProto: graph 7, training_info 20, functions 25       TrainingInfoProto: graphs 1, 2
     GraphProto: node 1, initializer 5, sparse_initializer 15  FunctionProto: node 7, attribute_proto 11
