@@ -15,8 +15,10 @@ from edgekit.errors import DeviceRefused, EdgekitError, Missing
 
 Report = Callable[[Mapping[str, Any]], None]
 
-#: What may be on its way without the device having stored it: what a broken link costs at most.
-WINDOW_BYTES = 512 * 1024
+#: What may be on its way without the device having stored it, which is what a broken link costs at most: less
+#: than a hundredth of the transfer, between these bounds.
+MIN_WINDOW_BYTES = 64 * 1024
+MAX_WINDOW_BYTES = 512 * 1024
 _MAX_NOISE_LINES = 200
 
 
@@ -73,14 +75,22 @@ class Connection:
         self._send(json.dumps(dict(message)).encode() + b"\n" + body)
         return self._result(report)
 
-    def stream(self, message: Mapping[str, Any], parts: Iterable[bytes], report: Report) -> Any:
-        """Send a request and a long body, never more than ``WINDOW_BYTES`` ahead of what the device stored.
+    def stream(
+        self, message: Mapping[str, Any], parts: Iterable[bytes], size_bytes: int, report: Report
+    ) -> Any:
+        """Send a request and a long body, never more than a window ahead of what the device stored.
+
+        Args:
+            message: the request.
+            parts: the body.
+            size_bytes: its size.
+            report: called with each line that comes before the result.
 
         Raises:
             DeviceRefused: the device's answer is an error; the rest of the body is not sent.
             EdgekitError: the connection broke.
         """
-        window = _Window()
+        window = _Window(min(max(size_bytes // 128, MIN_WINDOW_BYTES), MAX_WINDOW_BYTES))
 
         def watch(line: Mapping[str, Any]) -> None:
             window.stored(int(line.get("received_bytes", 0)))
@@ -137,7 +147,8 @@ class Connection:
 class _Window:
     """How far the sender may be ahead."""
 
-    def __init__(self) -> None:
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
         self._changed = threading.Condition()
         self._sent_bytes = self._stored_bytes = 0
         self._open = True
@@ -146,7 +157,7 @@ class _Window:
         """Wait until so much more may be sent; False if there is no use any more."""
         with self._changed:
             self._changed.wait_for(
-                lambda: not self._open or self._sent_bytes - self._stored_bytes < WINDOW_BYTES
+                lambda: not self._open or self._sent_bytes - self._stored_bytes < self._size_bytes
             )
             self._sent_bytes += size_bytes
             return self._open

@@ -124,7 +124,8 @@ class _Delivery:
             if self._cancelled.is_set():
                 connection.close_writer()
 
-        connection.stream({"op": "receive"}, self._payload.chunks(offered["missing"]), report)
+        chunks = self._payload.chunks(offered["missing"])
+        connection.stream({"op": "receive"}, chunks, missing_bytes, report)
 
     def _await_end(self, connection: Connection) -> Deployment:
         """Ask, after a link broke, how the installation that it began has ended."""

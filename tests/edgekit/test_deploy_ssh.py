@@ -149,7 +149,7 @@ def test_a_transfer_that_is_cut_goes_on(devices: SshDevices, monkeypatch: pytest
     counted: list[int] = []
     original = connection.Connection.stream
 
-    def stream(self: Any, message: Any, parts: Any, report: Any) -> Any:
+    def stream(self: Any, message: Any, parts: Any, size_bytes: int, report: Any) -> Any:
         def count() -> Iterator[bytes]:
             for part in parts:
                 counted.append(len(part))
@@ -162,7 +162,7 @@ def test_a_transfer_that_is_cut_goes_on(devices: SshDevices, monkeypatch: pytest
                 killed.append(process)
                 os.kill(process, signal.SIGKILL)
 
-        return original(self, message, count(), watch)
+        return original(self, message, count(), size_bytes, watch)
 
     monkeypatch.setattr(connection.Connection, "stream", stream)
     said: list[str] = []
@@ -171,7 +171,7 @@ def test_a_transfer_that_is_cut_goes_on(devices: SshDevices, monkeypatch: pytest
     assert sum("trying again" in text for text in said) == 1
     with payload.prepared(archive) as prepared:
         total = sum(entry.size_bytes for entry in prepared.manifest.files)
-    assert sum(counted) <= total + connection.WINDOW_BYTES + 256 * 1024
+    assert sum(counted) <= total + connection.MIN_WINDOW_BYTES + 64 * 1024
 
 
 def remote_ssh(devices: SshDevices) -> int:
