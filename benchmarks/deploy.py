@@ -119,6 +119,11 @@ class _Connect:
             self._socket.shutdown(socket.SHUT_RDWR)
 
 
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 @contextmanager
 def _device(home: Path) -> Iterator[_Connect]:
     home.mkdir()
@@ -131,7 +136,7 @@ def _device(home: Path) -> Iterator[_Connect]:
     command = [sys.executable, "-m", "device_agent.cli", "serve", "--config", str(home / "agent.toml")]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
-            while not control.exists():
+            while not _answers(control):
                 if process.poll() is not None:
                     sys.exit("the agent did not start")
                 time.sleep(0.05)

@@ -55,7 +55,7 @@ class SshDevices:
         command = [sys.executable, "-m", "device_agent.cli", "serve", "--config", str(home / "agent.toml")]
         with (home / "agent.log").open("wb") as log:
             self._agents[name] = subprocess.Popen(command, stderr=log, env=_environment())
-        _until((home / "control.sock").exists, home / "agent.log")
+        _until(lambda: "listening http=" in (home / "agent.log").read_text(), home / "agent.log")
 
     def stop_agent(self, name: str) -> None:
         """Stop a device's agent."""
