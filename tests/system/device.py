@@ -7,6 +7,7 @@ subject of the crash harness (``tests/device_agent/test_crash.py``), since here 
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -14,9 +15,11 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 _BOOT_TIMEOUT_S = 120.0
 _POLL_S = 0.1
@@ -36,6 +39,7 @@ class Device:
         self.root = root
         self.name = root.name
         self.ssh_port = free_port()
+        self.http_port = free_port()
         self.ssh_config = workdir / f"{self.name}.ssh-config"
         self._log = workdir / f"{self.name}.console"
         self._container: subprocess.Popen[bytes] | None = None
@@ -107,6 +111,57 @@ class Device:
     def argv(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a command given as words; it has to succeed."""
         return self.run(shlex.join(arguments))
+
+    def install_agent(self, package: Path) -> None:
+        """Install the agent's Debian package, with the listeners on ports of this device's own."""
+        self.set_ports()
+        self.put(package, "/root/agent.deb")
+        self.run("dpkg --install /root/agent.deb")
+
+    def set_ports(self) -> None:
+        """Move the listeners to ports of this device's own, as an administrator does: with a drop-in."""
+        for unit, port in {"edgekit-agent": self.http_port, "edgekit-agent-metrics": free_port()}.items():
+            drop_in = self.path(f"/etc/systemd/system/{unit}.socket.d/port.conf")
+            drop_in.parent.mkdir(parents=True, exist_ok=True)
+            unix = "ListenStream=/run/edgekit-agent/http.sock\n" if unit == "edgekit-agent" else ""
+            drop_in.write_text(f"[Socket]\nListenStream=\nListenStream=127.0.0.1:{port}\n{unix}")
+
+    def trust(self, public_key: Path) -> None:
+        """Let the device trust a key."""
+        self.put(public_key, f"/etc/edgekit/keys/{public_key.name}")
+
+    def configure(self, text: str) -> None:
+        """Replace the agent's configuration and start it again."""
+        self.path("/etc/edgekit/agent.toml").write_text("control_socket_mode = 0o660\n" + text)
+        self.run("systemctl restart edgekit-agent")
+
+    def agent_pid(self) -> int:
+        """The agent's main process, as the device numbers it."""
+        return int(self.run("systemctl show --property=MainPID --value edgekit-agent").stdout)
+
+    def status(self) -> dict[str, Any]:
+        """What `edgekit-agent status` says of the one model."""
+        document = json.loads(self.run("edgekit-agent status --json").stdout)
+        model: dict[str, Any] = (document["models"] if isinstance(document, dict) else document)[0]
+        return model
+
+    def infer(self, model: str, body: dict[str, Any]) -> list[float]:
+        """The first output of an inference; raises OSError where the device does not answer right."""
+        url = f"http://127.0.0.1:{self.http_port}/v2/models/{model}/infer"
+        with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=60) as answer:
+            values: list[float] = json.load(answer)["outputs"][0]["data"]
+            return values
+
+    def wait_for_answer(self, model: str, body: dict[str, Any], timeout_s: float = 60.0) -> list[float]:
+        """The first output of an inference, as soon as the model is served."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self.infer(model, body)
+            except OSError:
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(_POLL_S)
 
     def path(self, path: str) -> Path:
         """Where a file of the device lies on this machine."""

@@ -1,0 +1,107 @@
+"""Bundles for devices: good ones that can be told apart by their answers, and bad ones of every kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from device_agent.manifest import Contract, Golden, Manifest, TensorSpec, Tolerance
+from edgekit import bundle, sign
+
+MODEL = "scale"
+WIDTH = 4
+
+
+class Release:
+    """Makes signed bundles of one model.
+
+    Args:
+        workdir: where they and the key go.
+        architecture: the processor that they are for.
+    """
+
+    def __init__(self, workdir: Path, architecture: str = "x86_64") -> None:
+        self._workdir = workdir
+        self._architecture = architecture
+        self._private, self.public = sign.keygen(workdir / "release")
+        self._made = 0
+
+    def good(self, factor: float, version: int = 1) -> bundle.Bundle:
+        """A bundle whose model multiplies by ``factor``."""
+        return self._make(_scale(factor), factor, version)
+
+    def wrong(self, factor: float) -> bundle.Bundle:
+        """A bundle whose model does not give its golden outputs."""
+        return self._make(_scale(factor + 1.0), factor, 1)
+
+    def slow(self, factor: float, latency_ms: float) -> bundle.Bundle:
+        """A bundle that promises ``latency_ms`` and takes much longer, though its answers are right."""
+        contract = Contract(latency_quantile="p99", latency_ms=latency_ms, met=True)
+        return self._make(_slow_scale(factor), factor, 1, contract)
+
+    def _make(
+        self, model: onnx.ModelProto, factor: float, version: int, contract: Contract | None = None
+    ) -> bundle.Bundle:
+        self._made += 1
+        staging = self._workdir / f"staging-{self._made}"
+        staging.mkdir()
+        onnx.save(model, staging / "model.onnx")
+        x = np.arange(2 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
+        np.savez(staging / "in.npz", x=x)
+        np.savez(staging / "out.npz", y=x * factor)
+        manifest = Manifest(
+            schema=1,
+            name=MODEL,
+            version=version,
+            profile="x86-cpu",
+            architecture=self._architecture,
+            graph="model.onnx",
+            precision="fp32",
+            inputs=(TensorSpec("x", "FP32", (-1, WIDTH)),),
+            outputs=(TensorSpec("y", "FP32", (-1, WIDTH)),),
+            max_batch_size=4,
+            files=(),
+            engines=(),
+            golden=Golden("in.npz", "out.npz", {"y": Tolerance(1e-4, 1e-4)}),
+            contract=contract or Contract(),
+        )
+        made = bundle.pack(staging, manifest, self._workdir / f"out-{self._made}")
+        sign.sign(made.archive, self._private)
+        return made
+
+
+def request(value: float = 1.0) -> dict[str, Any]:
+    """The body of an inference request with one row of ``value``."""
+    return {"inputs": [{"name": "x", "shape": [1, WIDTH], "datatype": "FP32", "data": [value] * WIDTH}]}
+
+
+def _scale(factor: float) -> onnx.ModelProto:
+    constant = helper.make_tensor("k", TensorProto.FLOAT, [1], [factor])
+    return _model([helper.make_node("Mul", ["x", "k"], ["y"])], [constant])
+
+
+def _slow_scale(factor: float) -> onnx.ModelProto:
+    """The same answers, after a large matrix was multiplied by itself for nothing but its sum of zero."""
+    side = 1500
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["total"], keepdims=0),
+        helper.make_node("Mul", ["zeros", "total"], ["matrix"]),
+        helper.make_node("MatMul", ["matrix", "matrix"], ["product"]),
+        helper.make_node("ReduceSum", ["product"], ["nothing"], keepdims=0),
+        helper.make_node("Mul", ["x", "k"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "nothing"], ["y"]),
+    ]
+    shape = helper.make_tensor("side", TensorProto.INT64, [2], [side, side])
+    zeros = helper.make_node("ConstantOfShape", ["side"], ["zeros"])
+    constant = helper.make_tensor("k", TensorProto.FLOAT, [1], [factor])
+    return _model([zeros, *nodes], [constant, shape])
+
+
+def _model(nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto]) -> onnx.ModelProto:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", WIDTH]) for name in "xy"]
+    graph = helper.make_graph(nodes, MODEL, values[:1], values[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
