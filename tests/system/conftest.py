@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "device_agent"))
 import roots
 from device import Device, copy_root
 
+REPOSITORY = Path(__file__).parents[2]
 MakeDevice = Callable[..., Device]
 
 
@@ -25,6 +26,19 @@ def administrator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     key = tmp_path_factory.mktemp("administrator") / "id_ed25519"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     return key
+
+
+@pytest.fixture(scope="session")
+def agent_package() -> Path:
+    """The agent's Debian package for the devices of this machine's architecture."""
+    return make_package("amd64")
+
+
+def make_package(architecture: str) -> Path:
+    """Make the agent's Debian package for Debian 12, as `make deb` does."""
+    argv = ["make", "--no-print-directory", "deb", f"DEB_ARCH={architecture}", "DEB_PYTHON=3.11"]
+    done = subprocess.run(argv, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    return REPOSITORY / done.stdout.split()[-1]
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,8 @@ class Outcome:
 def load(port: int, model: str, body: dict[str, Any], clients: int = 4) -> Iterator[Outcome]:
     """Keep ``clients`` requests in flight to a model for the length of a ``with`` block.
 
-    Each client keeps its connection, and opens a new one where the server said ``Connection: close``. A request
-    that is refused, cut off, or answered with an error counts as a failure; none is sent again.
+    Each client keeps its connection, and opens a new one where the server said ``Connection: close``. A
+    request that is refused, cut off, or answered with an error counts as a failure; none is sent again.
     """
     outcome = Outcome()
     guard = threading.Lock()

@@ -1,0 +1,165 @@
+"""One device from the package to the rollback: systemd, SSH, updates, watchdog, power cuts."""
+
+from __future__ import annotations
+
+import random
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from bundles import MODEL, Release, request
+from conftest import MakeDevice
+from device import Device, DeviceCommandError
+from load import load
+
+KILLS = 200
+CONFIG = "[probation]\nduration_s = 1.0\nmin_requests = 20\n"
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    """Signed bundles."""
+    return Release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(scope="module")
+def device(make_device: MakeDevice, agent_package: Path, release: Release) -> Device:
+    """A device that serves a model which multiplies by two."""
+    device = make_device("field")
+    device.boot()
+    device.install_agent(agent_package)
+    device.trust(release.public)
+    device.configure(CONFIG)
+    install(device, release.good(2.0).archive)
+    return device
+
+
+def install(device: Device, archive: Path) -> str:
+    """Copy a bundle to a device and install it there; what the command printed."""
+    device.put(archive, f"/root/{archive.parent.name}.edgekit")
+    return device.run(f"edgekit-agent install /root/{archive.parent.name}.edgekit").stdout
+
+
+def factor_of(device: Device) -> float:
+    """What the served model multiplies by, once it answers."""
+    return device.wait_for_answer(MODEL, request(1.0))[0]
+
+
+def test_the_package_brings_up_a_healthy_system(device: Device) -> None:
+    """After `dpkg -i` the agent runs as its own user, sandboxed, and systemd counts no failed unit."""
+    assert device.run("systemctl is-system-running").stdout.strip() == "running"
+    assert device.run("systemctl show -p Type -p User --value edgekit-agent").stdout.split() == [
+        "notify",
+        "edgekit",
+    ]
+    exposure = device.run("systemd-analyze security --no-pager edgekit-agent").stdout.strip().splitlines()[-1]
+    assert float(exposure.split(":")[1].split()[0]) <= 2.0
+    assert factor_of(device) == 2.0
+
+
+def test_a_stopped_process_is_restarted_by_the_watchdog(device: Device) -> None:
+    """An agent that no longer runs its loop is ended by systemd within its bounds, and serves again."""
+    drop_in = device.path("/etc/systemd/system/edgekit-agent.service.d/watchdog.conf")
+    drop_in.parent.mkdir(parents=True, exist_ok=True)
+    drop_in.write_text("[Service]\nWatchdogSec=3\nTimeoutAbortSec=2\nRestartSec=200ms\n")
+    device.run("systemctl daemon-reload && systemctl restart edgekit-agent")
+    before = device.agent_pid()
+    device.run(f"kill -STOP {before}")
+    deadline_s = time.monotonic() + 60
+    while device.agent_pid() in (0, before):
+        assert time.monotonic() < deadline_s, "the watchdog never came"
+        time.sleep(0.2)
+    assert factor_of(device) == 2.0
+    assert "watchdog" in device.run("journalctl -u edgekit-agent --no-pager").stdout.lower()
+
+
+@pytest.mark.parametrize("kind", ["wrong", "slow"])
+def test_a_bad_version_is_rolled_back_and_the_reason_kept(
+    device: Device, release: Release, kind: str
+) -> None:
+    """A version with other outputs, or too slow for its contract, ends in exit 5, and the old one serves."""
+    bad = release.wrong(5.0) if kind == "wrong" else release.slow(5.0, latency_ms=1.0)
+    with pytest.raises(DeviceCommandError) as caught:
+        install(device, bad.archive)
+    assert caught.value.returncode == 5
+    assert factor_of(device) == 2.0
+    assert device.status()["last_operation"]["failure"]["why"]
+    assert device.status()["active"] != bad.digest
+
+
+def test_a_reboot_in_probation_costs_neither_version(device: Device, release: Release) -> None:
+    """After a reboot in the middle of a probation the device serves the old or the new version, and ends it."""
+    good = release.good(3.0)
+    device.configure(CONFIG.replace("1.0", "8.0"))
+    device.put(good.archive, "/root/three.edgekit")
+    device.run("nohup edgekit-agent install /root/three.edgekit > /root/install.log 2>&1 & sleep 3")
+    device.reboot()
+    assert factor_of(device) in (2.0, 3.0)
+    deadline_s = time.monotonic() + 60
+    while (status := device.status())["active"] not in status["committed"]:
+        assert time.monotonic() < deadline_s, status
+        time.sleep(0.5)
+    device.configure(CONFIG)
+    install(device, good.archive)
+    assert factor_of(device) == 3.0
+
+
+def test_random_kills_of_an_update_leave_the_old_or_the_new_version(device: Device, release: Release) -> None:
+    """SIGKILL at 200 random moments of an update: the device always serves one of the two, and updates on."""
+    bundles = {factor: release.good(factor).archive for factor in (4.0, 6.0)}
+    device.configure("[probation]\nduration_s = 0.3\nmin_requests = 5\n")
+    for factor, archive in bundles.items():
+        device.put(archive, f"/root/{factor}.edgekit")
+        device.run(f"edgekit-agent install /root/{factor}.edgekit")
+    draw = random.Random(5)
+    served = {4.0: 0, 6.0: 0}
+    for _ in range(KILLS):
+        factor = draw.choice([4.0, 6.0])
+        device.run(
+            f"(edgekit-agent install /root/{factor}.edgekit > /dev/null 2>&1 &) ; "
+            f"sleep {draw.uniform(0.0, 1.2):.3f}; systemctl kill --signal=SIGKILL edgekit-agent"
+        )
+        found = factor_of(device)
+        assert found in served
+        served[found] += 1
+    print(f"{KILLS} kills: served {served}")
+    device.run("edgekit-agent install /root/4.0.edgekit")
+    assert factor_of(device) == 4.0
+
+
+def test_power_cuts_leave_the_old_or_the_new_version(device: Device, release: Release) -> None:
+    """When the power goes in the middle of an update, the next boot serves one of the two."""
+    draw = random.Random(6)
+    for factor in (2.0, 3.0, 4.0):
+        archive = release.good(factor).archive
+        device.put(archive, "/root/cut.edgekit")
+        device.run("(edgekit-agent install /root/cut.edgekit > /dev/null 2>&1 &) ; true")
+        time.sleep(draw.uniform(0.1, 1.0))
+        device.cut_power()
+        device.boot()
+        assert factor_of(device) in (2.0, 3.0, 4.0)
+    install(device, release.good(2.0).archive)
+    assert factor_of(device) == 2.0
+
+
+def test_an_upgrade_of_the_agent_under_load_loses_no_request(device: Device, agent_package: Path) -> None:
+    """While `dpkg -i` replaces the running agent, every request of four clients that never stop is answered."""
+    device.put(agent_package, "/root/agent.deb")
+    factor_of(device)
+    before = device.agent_pid()
+    with load(device.http_port, MODEL, request(1.0)) as outcome:
+        time.sleep(1.0)
+        device.run("dpkg --install /root/agent.deb")
+        time.sleep(1.0)
+    assert device.agent_pid() != before
+    print(f"{outcome.answered} answered, the longest took {outcome.longest_s:.2f} s")
+    assert outcome.failures == {}
+    assert outcome.answered > 100
+
+
+def test_the_log_is_in_the_journal(device: Device) -> None:
+    """`edgekit-agent logs` shows what the agent said, with its levels."""
+    with suppress(DeviceCommandError):
+        install(device, Path(__file__))
+    assert "listening" in device.run("edgekit-agent logs").stdout
