@@ -5,19 +5,17 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "device_agent"))
 
 import roots
-from device import Device, copy_root
+from device import Device, MakeDevice, copy_root
 
 REPOSITORY = Path(__file__).parents[2]
-MakeDevice = Callable[..., Device]
 
 
 @pytest.fixture(scope="session")

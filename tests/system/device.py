@@ -16,7 +16,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,9 @@ class Device:
             f"  IdentitiesOnly yes\n  UserKnownHostsFile {known_hosts}\n  StrictHostKeyChecking yes\n"
             "  BatchMode yes\n  ConnectTimeout 5\n  LogLevel ERROR\n"
         )
+
+
+MakeDevice = Callable[..., Device]
 
 
 class DeviceCommandError(subprocess.CalledProcessError):

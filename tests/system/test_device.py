@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from bundles import MODEL, Release, request
-from conftest import MakeDevice
-from device import Device, DeviceCommandError
+from device import Device, DeviceCommandError, MakeDevice
 from load import load
 
 KILLS = 200
@@ -89,7 +88,7 @@ def test_a_bad_version_is_rolled_back_and_the_reason_kept(
 
 
 def test_a_reboot_in_probation_costs_neither_version(device: Device, release: Release) -> None:
-    """After a reboot in the middle of a probation the device serves the old or the new version, and ends it."""
+    """After a reboot in the middle of a probation the device serves one of the two, and ends the probation."""
     good = release.good(3.0)
     device.configure(CONFIG.replace("1.0", "8.0"))
     device.put(good.archive, "/root/three.edgekit")
@@ -144,7 +143,7 @@ def test_power_cuts_leave_the_old_or_the_new_version(device: Device, release: Re
 
 
 def test_an_upgrade_of_the_agent_under_load_loses_no_request(device: Device, agent_package: Path) -> None:
-    """While `dpkg -i` replaces the running agent, every request of four clients that never stop is answered."""
+    """While `dpkg -i` replaces the running agent, every request of four busy clients is answered."""
     device.put(agent_package, "/root/agent.deb")
     factor_of(device)
     before = device.agent_pid()
