@@ -23,6 +23,8 @@ from calibration.histogram import Histogram
 from calibration.probe import Probe
 from calibration.storage import digest
 
+_FORMAT = 2  # of the state: 2 counts what was looked at, beside what there was
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -48,7 +50,7 @@ class Checkpoint:
         self._every_s = every_s
         self._written = time.monotonic()
         kinds = "".join("h" if isinstance(c, Histogram) else "e" for c in probe.collected.values())
-        self._key = hashlib.sha256(f"{digest(model)} {kinds}".encode()).hexdigest()
+        self._key = hashlib.sha256(f"{_FORMAT} {digest(model)} {kinds}".encode()).hexdigest()
 
     def restore(self) -> Progress:
         """Read the state of an earlier run into the probe; nothing where there is none that fits."""
