@@ -36,8 +36,8 @@ def device(make_device: MakeDevice, agent_package: Path, release: Release) -> De
 
 def install(device: Device, archive: Path) -> str:
     """Copy a bundle to a device and install it there; what the command printed."""
-    device.put(archive, f"/root/{archive.parent.name}.edgekit")
-    return device.run(f"edgekit-agent install /root/{archive.parent.name}.edgekit").stdout
+    device.put(archive, f"/srv/{archive.parent.name}.edgekit")
+    return device.run(f"edgekit-agent install /srv/{archive.parent.name}.edgekit").stdout
 
 
 def factor_of(device: Device) -> float:
@@ -88,11 +88,11 @@ def test_a_bad_version_is_rolled_back_and_the_reason_kept(
 
 
 def test_a_reboot_in_probation_costs_neither_version(device: Device, release: Release) -> None:
-    """After a reboot in the middle of a probation the device serves one of the two, and ends the probation."""
+    """After a reboot in the middle of a probation the device serves one of the two and ends it."""
     good = release.good(3.0)
     device.configure(CONFIG.replace("1.0", "8.0"))
-    device.put(good.archive, "/root/three.edgekit")
-    device.run("nohup edgekit-agent install /root/three.edgekit > /root/install.log 2>&1 & sleep 3")
+    device.put(good.archive, "/srv/three.edgekit")
+    device.run("nohup edgekit-agent install /srv/three.edgekit > /root/install.log 2>&1 & sleep 3")
     device.reboot()
     assert factor_of(device) in (2.0, 3.0)
     deadline_s = time.monotonic() + 60
@@ -109,21 +109,21 @@ def test_random_kills_of_an_update_leave_the_old_or_the_new_version(device: Devi
     bundles = {factor: release.good(factor).archive for factor in (4.0, 6.0)}
     device.configure("[probation]\nduration_s = 0.3\nmin_requests = 5\n")
     for factor, archive in bundles.items():
-        device.put(archive, f"/root/{factor}.edgekit")
-        device.run(f"edgekit-agent install /root/{factor}.edgekit")
+        device.put(archive, f"/srv/{factor}.edgekit")
+        device.run(f"edgekit-agent install /srv/{factor}.edgekit")
     draw = random.Random(5)
     served = {4.0: 0, 6.0: 0}
     for _ in range(KILLS):
         factor = draw.choice([4.0, 6.0])
         device.run(
-            f"(edgekit-agent install /root/{factor}.edgekit > /dev/null 2>&1 &) ; "
+            f"(edgekit-agent install /srv/{factor}.edgekit > /dev/null 2>&1 &) ; "
             f"sleep {draw.uniform(0.0, 1.2):.3f}; systemctl kill --signal=SIGKILL edgekit-agent"
         )
         found = factor_of(device)
         assert found in served
         served[found] += 1
     print(f"{KILLS} kills: served {served}")
-    device.run("edgekit-agent install /root/4.0.edgekit")
+    device.run("edgekit-agent install /srv/4.0.edgekit")
     assert factor_of(device) == 4.0
 
 
@@ -132,8 +132,8 @@ def test_power_cuts_leave_the_old_or_the_new_version(device: Device, release: Re
     draw = random.Random(6)
     for factor in (2.0, 3.0, 4.0):
         archive = release.good(factor).archive
-        device.put(archive, "/root/cut.edgekit")
-        device.run("(edgekit-agent install /root/cut.edgekit > /dev/null 2>&1 &) ; true")
+        device.put(archive, "/srv/cut.edgekit")
+        device.run("(edgekit-agent install /srv/cut.edgekit > /dev/null 2>&1 &) ; true")
         time.sleep(draw.uniform(0.1, 1.0))
         device.cut_power()
         device.boot()
