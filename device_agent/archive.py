@@ -228,6 +228,12 @@ class _ArchiveReader:
 def _open_archive(path: Path) -> BinaryIO:
     try:
         return manifest_module.open_regular(path)
+    except PermissionError as error:
+        raise BadInput(
+            f"the bundle {path} cannot be read",
+            "the user that this runs as may not; the agent runs as its own",
+            "put it where that user may read it, such as /srv, or use `edgekit deploy`",
+        ) from error
     except OSError as error:
         raise BadInput(
             f"the bundle {path} cannot be read",

@@ -6,7 +6,7 @@ AgentError
 │   └── TrustError    the signature is missing, wrong, or from an unknown key
 ├── Missing           exit 4: a runtime, driver or tool is not on this device
 └── Refused           exit 5: the device will not run this (self-test, memory, health gate)
-    └── DowngradeError exit 6: it is older than what was committed here
+    └── DowngradeError exit 5: it is older than what was committed here
 """
 
 from __future__ import annotations
@@ -61,5 +61,3 @@ class Refused(AgentError):
 
 class DowngradeError(Refused):
     """The version is older than one that this device committed; a person may allow it (see ``ratchet``)."""
-
-    exit_code = 6

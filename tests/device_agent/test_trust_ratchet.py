@@ -73,7 +73,7 @@ def test_an_older_version_is_refused_before_a_byte_is_stored(device: Device) -> 
     before = _tree(device.root / "state")
     with pytest.raises(DowngradeError, match=r"version 4 of 'demo' is older than .* committed: 5") as caught:
         device.install(4)
-    assert caught.value.exit_code == 6
+    assert caught.value.exit_code == 5
     assert _tree(device.root / "state") == before
     assert device.serving == newest
 

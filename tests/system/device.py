@@ -145,6 +145,13 @@ class Device:
         model: dict[str, Any] = (document["models"] if isinstance(document, dict) else document)[0]
         return model
 
+    def wait_for_commit(self, digest: str, timeout_s: float = 120.0) -> None:
+        """Wait until a version has proven itself."""
+        deadline_s = time.monotonic() + timeout_s
+        while digest not in self.status()["committed"]:
+            assert time.monotonic() < deadline_s, f"{digest} was not committed: {self.status()}"
+            time.sleep(5 * _POLL_S)
+
     def infer(self, model: str, body: dict[str, Any]) -> list[float]:
         """The first output of an inference; raises OSError where the device does not answer right."""
         url = f"http://127.0.0.1:{self.http_port}/v2/models/{model}/infer"
