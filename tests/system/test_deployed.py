@@ -34,7 +34,7 @@ def fleet(make_device: MakeDevice, agent_package: Path, release: Release) -> lis
 
 def edgekit(*arguments: object, config: Path) -> subprocess.CompletedProcess[str]:
     """Run the command as its user would, with the devices in the SSH configuration."""
-    argv = [sys.executable, "-m", "edgekit", *map(str, arguments), "--ssh-config", str(config)]
+    argv = [str(Path(sys.executable).parent / "edgekit"), *map(str, arguments), "--ssh-config", str(config)]
     return subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
 
 
