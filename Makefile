@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | bench | test-agent | fuzz | soak | wheel | deb: each works from a clean clone.
+# make setup | demo | test | lint | bench | test-agent | test-system | fuzz | soak | wheel | deb: each works from a clean clone.
 #
 # PYTHON            the host's interpreter, 3.10 or newer
 # PIP_ARGS          passed to pip; where pip would fetch a CUDA build of torch, point it at PyTorch's CPU
@@ -21,7 +21,7 @@ PACK_VENV := .venv-packaging
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench test-agent fuzz soak wheel deb clean
+.PHONY: setup demo test lint bench test-agent test-system fuzz soak wheel deb clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,10 @@ lint: setup
 
 test-agent:
 	bash tests/device_agent/run.sh $(AGENT_PYTHONS)
+
+# Boots real devices; needs root, debootstrap, systemd-container and, for aarch64, qemu-user-static.
+test-system: setup
+	$(BIN)/pytest -q -s --timeout 3600 tests/system
 
 fuzz: setup
 	$(BIN)/python tests/fuzz/fuzz_run.py --seconds $(FUZZ_SECONDS)
