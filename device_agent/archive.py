@@ -15,7 +15,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Dict, List, NoReturn, Optional, Tuple
+from typing import BinaryIO, Callable, Dict, List, NoReturn, Optional, Tuple
 
 from device_agent import directory, ustar
 from device_agent import manifest as manifest_module
@@ -98,6 +98,24 @@ def unpack(bundle: Path, head: Head, destination: Path) -> None:
         raise
 
 
+def locate(bundle: Path, head: Head) -> Dict[str, Tuple[Path, int]]:
+    """Find where the content of each file begins in either form, without reading it.
+
+    Returns:
+        For each path of the manifest the file that holds it, and the offset in bytes.
+
+    Raises:
+        TrustError: a file is missing, not listed, not a regular file, or of another size.
+        BadInput: an archive that is damaged, truncated, or not in the one layout.
+    """
+    if os.path.isdir(str(bundle)):
+        directory.check_listing(bundle, head.manifest)
+        return {entry.path: (bundle / entry.path, 0) for entry in head.manifest.files}
+    with _open_archive(bundle) as stream:
+        offsets = _ArchiveReader(bundle, stream).offsets(head)
+    return {path: (bundle, offset) for path, offset in offsets.items()}
+
+
 def pack(unpacked: Path, archive: Path) -> None:
     """Write the single-file form of the bundle in ``unpacked``; the same content gives the same bytes.
 
@@ -154,6 +172,24 @@ class _ArchiveReader:
         return head_of(manifest_bytes, signature)
 
     def unpack(self, head: Head, destination: Path) -> None:
+        def copy(entry: FileEntry) -> None:
+            with directory.create(destination / entry.path) as out:
+                directory.copy_exactly(self._stream, entry, out)
+
+        self._walk(head, copy)
+
+    def offsets(self, head: Head) -> Dict[str, int]:
+        found: Dict[str, int] = {}
+
+        def skip(entry: FileEntry) -> None:
+            found[entry.path] = self._stream.tell()
+            self._stream.seek(entry.size_bytes, os.SEEK_CUR)
+
+        self._walk(head, skip)
+        return found
+
+    def _walk(self, head: Head, take: Callable[[FileEntry], None]) -> None:
+        """Have ``take`` move over the content of each file, and hold all that is between to the layout."""
         for name, data in _head_members(head):
             if self._small_member(self._block(), name, len(data)) != data:
                 self._refuse("it changed while it was read")
@@ -162,8 +198,7 @@ class _ArchiveReader:
             header = self._block()
             if header != ustar.header(entry.path, entry.size_bytes):
                 self._explain(header, entry, seen, head.manifest)
-            with directory.create(destination / entry.path) as out:
-                directory.copy_exactly(self._stream, entry, out)
+            take(entry)
             self._skip_padding(entry.size_bytes)
             seen.append(entry.path)
         end = self._block()

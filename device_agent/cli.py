@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from device_agent import __version__
 from device_agent.errors import AgentError, BadInput, Missing
@@ -19,6 +19,7 @@ from device_agent.errors import AgentError, BadInput, Missing
 if TYPE_CHECKING:
     from device_agent.config import Config
     from device_agent.repository.repository import RepositorySettings
+    from device_agent.server.control_client import Client
 
 EXIT_INTERRUPTED = 130
 
@@ -141,13 +142,15 @@ def _repository(options: argparse.Namespace, config: Config) -> Optional[Reposit
 
 
 def _install(options: argparse.Namespace) -> int:
-    message = {
-        "op": "install",
-        "bundle": str(options.bundle.absolute()),
-        "activate": not options.no_activate,
-        "allow_downgrade": options.allow_downgrade,
-    }
-    result = _ask(options, message)
+    choices = {"activate": not options.no_activate, "allow_downgrade": options.allow_downgrade}
+    bundle = options.bundle.absolute()
+
+    def hand_over(client: Client) -> Any:
+        from device_agent.server import control_client
+
+        return control_client.install(client, bundle, _progress, **choices)
+
+    result = _ask(options, {"op": "install", "bundle": str(bundle), **choices}, hand_over)
     _print(options, result, _changed(result))
     return 0
 
@@ -232,20 +235,39 @@ def _config(options: argparse.Namespace) -> Config:
     return config.load(options.config)
 
 
-def _ask(options: argparse.Namespace, message: Mapping[str, Any]) -> Any:
-    """Let the running agent do it; do it here if there is none."""
-    from device_agent.server import control
+def _ask(
+    options: argparse.Namespace,
+    message: Mapping[str, Any],
+    converse: Optional[Callable[[Client], Any]] = None,
+) -> Any:
+    """Let the running agent do it; do it here if there is none.
 
+    Args:
+        options: say which agent.
+        message: the request.
+        converse: asks a running agent the same in another way.
+    """
     config = _config(options)
-    try:
-        return control.request(config.control_socket, message, _progress)
-    except (FileNotFoundError, ConnectionRefusedError):
+    client = _client(config)
+    if client is None:
         return _act(config, message)
+    with client:
+        return converse(client) if converse else client.ask(message, _progress)
+
+
+def _client(config: Config) -> Optional[Client]:
+    """The running agent; None if there is none."""
+    from device_agent.server.control_client import Client
+
+    try:
+        return Client.connect(config.control_socket)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
     except OSError as error:
         raise BadInput(
             f"the agent cannot be asked over {config.control_socket}",
             error.strerror or str(error),
-            "run this as the user that the agent runs as",
+            "run this as root, as the user that the agent runs as, or as a member of its group",
         ) from error
 
 

@@ -33,6 +33,17 @@ def check_files(directory: Path, manifest: Manifest) -> None:
             copy_exactly(source, entry, None)
 
 
+def check_listing(directory: Path, manifest: Manifest) -> None:
+    """Check that an unpacked bundle holds exactly the manifest's files by their sizes; reads no content.
+
+    Raises:
+        TrustError: a file is missing, not listed, not a regular file, unreadable, or of another size.
+    """
+    _refuse_unlisted(directory, manifest)
+    for entry in manifest.files:
+        open_listed(directory, entry).close()
+
+
 def copy_files(directory: Path, manifest: Manifest, destination: Path) -> None:
     """Copy the manifest's files, checking every byte on the way.
 

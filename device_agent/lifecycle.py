@@ -87,21 +87,31 @@ class Lifecycle:
 
     # Operations
 
-    def preflight(self, head: archive.Head, download_bytes: int) -> None:
+    def preflight(
+        self,
+        head: archive.Head,
+        download_bytes: int,
+        *,
+        activate: bool = True,
+        allow_downgrade: bool = False,
+    ) -> None:
         """What ``install`` would refuse before it stores a byte, before a byte is even fetched.
 
         Args:
             head: of the bundle.
             download_bytes: what would be fetched to a place beside the store.
+            activate: as in ``install``.
+            allow_downgrade: as in ``install``.
 
         Raises:
             TrustError: it is not trusted.
             Refused: it is older than what was committed (DowngradeError), or there is no space or memory
                 for it.
         """
-        self._admission.admit(head)
+        self._admission.admit(head, allow_downgrade)
         self._store.require_space(head, download_bytes)
-        self._models.require_memory(head.manifest)
+        if activate:
+            self._models.require_memory(head.manifest)
 
     def install(
         self,

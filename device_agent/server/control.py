@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional
 
 from device_agent import __version__
-from device_agent.errors import AgentError, BadInput, Refused
+from device_agent.errors import AgentError, BadInput
 from device_agent.lifecycle import Lifecycle
+from device_agent.server.control_client import Client
 from device_agent.server.unix_socket import bind, peer_of, unlinked
 from device_agent.transfer.incoming import Incoming
 from device_agent.transfer.session import OPERATIONS as TRANSFERS
@@ -73,7 +74,7 @@ async def answer(connection: socket.socket, lifecycle: Lifecycle) -> None:
 
 
 def request(path: Path, message: Mapping[str, Any], on_state: Callable[[str], None]) -> Any:
-    """Ask the agent that answers on ``path``; the client's side of ``start``.
+    """Ask the agent that answers on ``path`` one thing.
 
     Args:
         path: the socket.
@@ -87,16 +88,8 @@ def request(path: Path, message: Mapping[str, Any], on_state: Callable[[str], No
         OSError: no agent answers.
         AgentError: what the agent answered, with its exit code.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.connect(str(path))
-        client.sendall(json.dumps(dict(message)).encode() + b"\n")
-        with client.makefile("rb") as lines:
-            for line in lines:
-                answer = json.loads(line)
-                if "ok" in answer:
-                    return _result(answer)
-                on_state(str(answer.get("state")))
-    raise Refused("the agent went away", "it closed the connection before it answered", "look at its log")
+    with Client.connect(path) as client:
+        return client.ask(message, on_state)
 
 
 def perform(lifecycle: Lifecycle, message: Mapping[str, Any], on_state: Callable[[str], None]) -> Any:
@@ -114,14 +107,6 @@ def perform(lifecycle: Lifecycle, message: Mapping[str, Any], on_state: Callable
     if not isinstance(operation, str) or operation not in _OPERATIONS:
         raise _bad_request(f"the operation {operation!r} is not one of: {', '.join(_OPERATIONS)}")
     return _OPERATIONS[operation](lifecycle, _Arguments(arguments), on_state)
-
-
-def _result(answer: Mapping[str, Any]) -> Any:
-    if answer["ok"]:
-        return answer.get("result")
-    error = AgentError(str(answer.get("what")), str(answer.get("why")), str(answer.get("fix")))
-    error.exit_code = int(answer.get("exit_code", 1))
-    raise error
 
 
 # Operations

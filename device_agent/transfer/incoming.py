@@ -41,8 +41,13 @@ class Incoming:
         self._holders: Dict[str, object] = {}
         self._installing: Set[str] = set()
 
-    def admit(self, head: archive.Head) -> None:
+    def admit(self, head: archive.Head, activate: bool = True, allow_downgrade: bool = False) -> None:
         """Check what can be checked before the files are here: trust, and the space that they need.
+
+        Args:
+            head: of the bundle that is offered.
+            activate: whether it will be switched to, which takes memory.
+            allow_downgrade: whether it may be older than what was committed.
 
         Raises:
             BadInput: the bundle is not trusted.
@@ -57,12 +62,13 @@ class Incoming:
         self._collect()
         with disk_errors("what an earlier transfer left cannot be read"):
             here_bytes = allocated_bytes(self._directory(head.digest))
+        choices = {"activate": activate, "allow_downgrade": allow_downgrade}
         try:
-            self._lifecycle.preflight(head, -here_bytes)
+            self._lifecycle.preflight(head, -here_bytes, **choices)
         except Refused:
             if not self._discard_others(head.digest):
                 raise
-            self._lifecycle.preflight(head, -here_bytes)
+            self._lifecycle.preflight(head, -here_bytes, **choices)
 
     def open(self, head: archive.Head, files: Tuple[ChunkedFile, ...], holder: object) -> Partial:
         """Begin a bundle, or go on with it, and take for it what is on this device already.

@@ -40,15 +40,6 @@ class ChunkedFile:
     chunks: Tuple[Chunk, ...]
 
 
-def cut(directory: Path, manifest: Manifest) -> Tuple[ChunkedFile, ...]:
-    """Cut every file of an unpacked bundle; each is read twice.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
-    return tuple(_cut_file(directory, entry) for entry in manifest.files)
-
-
 def chunks_of(path: Path, average_bytes: int) -> List[Chunk]:
     """Cut one file.
 
@@ -56,9 +47,18 @@ def chunks_of(path: Path, average_bytes: int) -> List[Chunk]:
         OSError: it cannot be read.
     """
     with path.open("rb") as stream:
-        lengths = chunking.lengths(stream, average_bytes)
-        stream.seek(0)
-        return _digest_each(stream, lengths)
+        return cut_stream(stream, average_bytes)
+
+
+def cut_stream(stream: BinaryIO, average_bytes: int) -> List[Chunk]:
+    """Cut what a seekable stream holds from its beginning to its end.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    lengths = chunking.lengths(stream, average_bytes)
+    stream.seek(0)
+    return _digest_each(stream, lengths)
 
 
 def encode(files: Tuple[ChunkedFile, ...]) -> bytes:
@@ -93,11 +93,6 @@ def decode(data: bytes, manifest: Manifest) -> Tuple[ChunkedFile, ...]:
     if position != len(data):
         raise _malformed("something follows its end")
     return tuple(files)
-
-
-def _cut_file(directory: Path, entry: FileEntry) -> ChunkedFile:
-    average_bytes = chunking.average_for(entry.size_bytes)
-    return ChunkedFile(entry.path, average_bytes, tuple(chunks_of(directory / entry.path, average_bytes)))
 
 
 def _digest_each(stream: BinaryIO, lengths: List[int]) -> List[Chunk]:

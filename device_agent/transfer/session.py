@@ -9,6 +9,7 @@
     <- {"ok": true, "result": {"received_bytes": 291845}}
     -> {"op": "install", "offered": true}
 
+An offer may say how the bundle will be installed, ``activate`` and ``allow_downgrade`` as in ``install``.
 The head is authenticated and the space is asked for before a chunk is stored. ``missing`` holds runs
 ``[first, count]`` of chunks, numbered through all files. A connection whose offer or body fails is closed.
 
@@ -66,7 +67,8 @@ class Session:
         ]
         manifest_bytes, signature = [await self._read(size) for size in sizes]
         head = archive.head_of(manifest_bytes, signature or None)
-        await self._on_disk(self._incoming.admit, head)
+        activate, allow_downgrade = _flag(message, "activate", True), _flag(message, "allow_downgrade", False)
+        await self._on_disk(self._incoming.admit, head, activate, allow_downgrade)
         limit = offer.max_encoded_bytes(head.manifest)
         listed = await self._read(_size(message, "chunks_bytes", limit))
         files = await self._on_disk(offer.decode, listed, head.manifest)
@@ -152,6 +154,17 @@ def _size(message: Mapping[str, Any], key: str, limit_bytes: int) -> int:
         raise BadInput(
             "the offer is malformed",
             f"{key!r} is not a number of bytes up to {limit_bytes}",
+            "deploy with an edgekit of the agent's version",
+        )
+    return value
+
+
+def _flag(message: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = message.get(key, default)
+    if type(value) is not bool:
+        raise BadInput(
+            "the offer is malformed",
+            f"{key!r} is neither true nor false",
             "deploy with an edgekit of the agent's version",
         )
     return value

@@ -11,7 +11,9 @@ from typing import Any, Callable, Dict, List
 import pytest
 
 from agent_testing import AgentProcess, linear_bundle
-from device_agent import cli
+from device_agent import archive, cli
+from device_agent.errors import AgentError
+from device_agent.server import control
 from storage_kit import make_bundle, make_key, sign_bundle, signed_bundle
 
 
@@ -164,6 +166,59 @@ def test_commands_reach_the_running_agent(
     assert agent.stop() == 0
     agent.start()
     assert ask("status")[0]["serving"] == first.digest
+
+
+def _hides(directory: Path) -> List[str]:
+    """A launcher whose process sees an empty directory there, as systemd's ProtectHome= shows /root."""
+    mount = 'mount -t tmpfs -o mode=0700 tmpfs "$0" && exec "$@"'
+    return ["unshare", "--mount", "sh", "-c", mount, str(directory)]
+
+
+def _can_hide(directory: Path) -> bool:
+    try:
+        return subprocess.run([*_hides(directory), "true"], stderr=subprocess.DEVNULL).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("form", ["directory", "file"])
+def test_a_bundle_that_the_agent_cannot_read_is_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    """The command reads it and hands it over, so root's home serves as well as /srv."""
+    home = tmp_path / "home"
+    bundle = linear_bundle(home / "b")
+    archive.pack(bundle.directory, home / "b.edgekit")
+    path = bundle.directory if form == "directory" else home / "b.edgekit"
+    if not _can_hide(home):
+        pytest.skip("this user may not make a mount namespace")
+    (tmp_path / "agent").mkdir()
+    agent = AgentProcess(tmp_path / "agent")
+    agent.launcher = _hides(home)
+    agent.start()
+    try:
+        with pytest.raises(AgentError, match=r"cannot be read|manifest"):
+            control.request(agent.control, {"op": "install", "bundle": str(path)}, lambda state: None)
+        assert cli.main(["install", str(path), "--config", str(agent.config)]) == 0
+        printed = capsys.readouterr()
+        assert printed.out == f"committed model 1 {bundle.digest[:12]} (not signed)\n"
+        assert printed.err.split()[:4] == ["received", "verified", "staged", "prepared"]
+    finally:
+        agent.kill()
+
+
+def test_the_choices_of_install_reach_the_running_agent(
+    tmp_path: Path, start_agent: Callable[..., AgentProcess], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--no-activate stops at staged, and an older version needs --allow-downgrade, as without an agent."""
+    old, new = linear_bundle(tmp_path / "1"), linear_bundle(tmp_path / "2", seed=1, version=2)
+    config = ["--json", "--config", str(start_agent(new).config)]
+    assert cli.main(["install", str(old.directory), *config]) == 5
+    assert "older" in capsys.readouterr().err
+    assert cli.main(["install", str(old.directory), "--no-activate", "--allow-downgrade", *config]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "staged"
+    assert cli.main(["install", str(tmp_path / "nowhere"), *config]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
 
 
 def test_a_store_that_is_in_use_is_not_touched(

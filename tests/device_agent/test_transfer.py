@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import pytest
@@ -22,13 +22,23 @@ from agent_testing import AgentProcess, linear_bundle
 from control_kit import RunningControl
 from device_agent import archive
 from device_agent.errors import BadInput
-from device_agent.transfer import chunking, offer
+from device_agent.manifest import Manifest
+from device_agent.transfer import chunking, offer, payload
 from storage_kit import make_bundle, make_key, sign_bundle, signed_bundle
 
 
 def weights(seed: int, size: int = 400_000) -> bytes:
     """Bytes that do not repeat."""
     return np.random.default_rng(seed).bytes(size)
+
+
+def cut(directory: Path, listed: Manifest) -> Tuple[offer.ChunkedFile, ...]:
+    """Cut the files of a directory as a manifest lists them."""
+    averages = [(entry, chunking.average_for(entry.size_bytes)) for entry in listed.files]
+    return tuple(
+        offer.ChunkedFile(entry.path, average, tuple(offer.chunks_of(directory / entry.path, average)))
+        for entry, average in averages
+    )
 
 
 class Client:
@@ -65,7 +75,7 @@ class Client:
         """Offer a bundle directory."""
         head = archive.read_head(bundle)
         signature = head.signature or b""
-        listed = offer.encode(offer.cut(bundle, head.manifest)) if listed is None else listed
+        listed = offer.encode(cut(bundle, head.manifest)) if listed is None else listed
         sizes = {"manifest": head.manifest_bytes, "signature": signature, "chunks": listed}
         message = {"op": "offer", **{f"{key}_bytes": len(data) for key, data in sizes.items()}}
         return self.ask(message, head.manifest_bytes + signature + listed)
@@ -78,7 +88,7 @@ class Client:
 def missing_data(bundle: Path, missing: List[List[int]]) -> bytes:
     """The bytes of the chunks that a device asked for."""
     chunks = []
-    for file in offer.cut(bundle, archive.read_head(bundle).manifest):
+    for file in cut(bundle, archive.read_head(bundle).manifest):
         data = (bundle / file.path).read_bytes()
         chunks += [data[chunk.offset : chunk.offset + chunk.length_bytes] for chunk in file.chunks]
     return b"".join(chunks[i] for first, count in missing for i in range(first, first + count))
@@ -159,7 +169,7 @@ def test_a_run_of_zeros_is_not_cut_to_crumbs() -> None:
 def test_the_list_of_chunks_is_read_as_it_was_written(tmp_path: Path) -> None:
     """Host and device speak of the same chunks; any other list is refused."""
     head = make_bundle(tmp_path / "b", extra={"model.onnx": weights(1)})
-    files = offer.cut(tmp_path / "b", head.manifest)
+    files = cut(tmp_path / "b", head.manifest)
     data = offer.encode(files)
     assert offer.decode(data, head.manifest) == files
     assert len(data) <= offer.max_encoded_bytes(head.manifest)
@@ -305,7 +315,7 @@ def test_chunks_that_belie_the_manifest_are_not_installed(
     (tmp_path / "evil" / "model.onnx").write_bytes(b"eviltxt" * 500)
     manifest = archive.read_head(tmp_path / "evil").manifest
     with Client(agent.path) as client:
-        offered = client.offer(tmp_path / "evil", offer.encode(offer.cut(tmp_path / "evil", manifest)))
+        offered = client.offer(tmp_path / "evil", offer.encode(cut(tmp_path / "evil", manifest)))
         client.ask({"op": "receive"}, missing_data(tmp_path / "evil", offered["result"]["missing"]))
         refused = client.install()
     assert (refused["ok"], refused["exit_code"]) == (False, 2)
@@ -368,6 +378,37 @@ def test_what_nobody_comes_back_for_is_removed(tmp_path: Path, agent: RunningCon
     os.utime(str(partial), (old_s, old_s))
     deploy(agent.path, tmp_path / "new")
     assert incoming(tmp_path) == []
+
+
+@pytest.mark.parametrize("form", ["directory", "file"])
+def test_a_bundle_is_sent_from_where_it_lies(tmp_path: Path, form: str) -> None:
+    """Either form gives the same offer and the same bytes, without being unpacked."""
+    make_bundle(
+        tmp_path / "b", extra={"model.onnx": weights(1), "empty.txt": b"", "z/other.bin": weights(2, 9)}
+    )
+    archive.pack(tmp_path / "b", tmp_path / "b.edgekit")
+    sent = payload.prepare(tmp_path / ("b" if form == "directory" else "b.edgekit"))
+    assert sent.files == cut(tmp_path / "b", sent.manifest)
+    count = sum(len(file.chunks) for file in sent.files)
+    whole = b"".join((tmp_path / "b" / entry.path).read_bytes() for entry in sent.manifest.files)
+    assert b"".join(sent.chunks([[0, 1], [1, count - 1]])) == whole
+
+
+def test_a_bundle_of_another_shape_is_not_sent(tmp_path: Path) -> None:
+    """What the manifest does not list, a file of another size and a cut archive are refused by the sender."""
+    make_bundle(tmp_path / "b", extra={"model.onnx": weights(1)})
+    archive.pack(tmp_path / "b", tmp_path / "b.edgekit")
+    data = (tmp_path / "b.edgekit").read_bytes()
+    (tmp_path / "cut.edgekit").write_bytes(data[:-2000])
+    with pytest.raises(BadInput, match="not a usable bundle archive"):
+        payload.prepare(tmp_path / "cut.edgekit")
+    (tmp_path / "b" / "extra").write_text("")
+    with pytest.raises(BadInput, match="does not list"):
+        payload.prepare(tmp_path / "b")
+    (tmp_path / "b" / "extra").unlink()
+    (tmp_path / "b" / "model.onnx").write_bytes(b"short")
+    with pytest.raises(BadInput, match="was changed"):
+        payload.prepare(tmp_path / "b")
 
 
 # The connection that SSH starts

@@ -35,9 +35,9 @@ def device(make_device: MakeDevice, agent_package: Path, release: Release) -> De
 
 
 def install(device: Device, archive: Path) -> str:
-    """Copy a bundle to a device and install it there; what the command printed."""
-    device.put(archive, f"/srv/{archive.parent.name}.edgekit")
-    return device.run(f"edgekit-agent install /srv/{archive.parent.name}.edgekit").stdout
+    """Copy a bundle to root's home, which the service does not see, and install it; what was printed."""
+    device.put(archive, f"/root/{archive.parent.name}.edgekit")
+    return device.run(f"edgekit-agent install /root/{archive.parent.name}.edgekit").stdout
 
 
 def factor_of(device: Device) -> float:
