@@ -11,6 +11,7 @@ from onnx import ModelProto
 
 from calibration.errors import CalibrationError
 from calibration.graph import Array
+from calibration.layer_sensitivity import Reference
 from calibration.methods.bias_correction import correct_biases
 from calibration.methods.equalization import equalize
 from calibration.methods.rounding import Quantization, round_weights
@@ -23,7 +24,6 @@ from calibration.prepare import prepare
 from calibration.quantizer import WEIGHT_LEVELS, Quantized, quantize
 from calibration.runner import calibrate_each
 from calibration.scales import Scales
-from calibration.sensitivity import Reference
 from calibration.storage import Source
 from calibration.targets import target_named
 

@@ -118,18 +118,23 @@ class Histogram(Extremes):
                 self.zeros += share.size * each
                 return
         # Other threads may widen the bins from here on; what is counted meanwhile is widened after it.
-        flat = share.reshape(-1)
+        flat, signed = share.reshape(-1), lo < 0
         for start in range(0, flat.size, _CHUNK):
             piece = flat[start : start + _CHUNK]
-            counts, zeros = _count(piece, exponent, signed=lo < 0), _zeros(piece)
+            counts, zeros = _count(piece, exponent, signed=signed), _zeros(piece)
+            if each > 1:
+                counts *= each
             with self._lock:
-                self._add(counts * each if each > 1 else counts, exponent, zeros * each)
+                self._add(counts, exponent, zeros * each)
 
     def _add(self, counts: npt.NDArray[np.int64], exponent: int, zeros: int) -> None:
+        """Add the counts of all bins, or of those on the right of zero."""
         wider = exponent if self.exponent is None else self.exponent
+        if wider > exponent and counts.size == HALF:
+            counts = np.concatenate((np.zeros(HALF, np.int64), counts))
         for _ in range(exponent, wider):
             counts = _merge_pairs(counts)
-        self.counts += counts
+        self.counts[-counts.size :] += counts
         self.zeros += zeros
 
     def _grow_to(self, magnitude: float) -> None:
@@ -159,10 +164,12 @@ def step_of_share(elements: int) -> int:
 
 
 def _count(values: npt.NDArray[np.float32], exponent: int, *, signed: bool) -> npt.NDArray[np.int64]:
+    """The counts of all bins, or, where no value is negative, of those on the right of zero."""
     # Scaling by a power of two is exact, or underflows to zero, which truncation gives as well.
     steps = (values * np.float32(math.ldexp(1.0, -exponent))).astype(np.int32)
-    if signed:
-        steps -= values < 0
+    if not signed:
+        return np.bincount(steps, minlength=HALF)
+    steps -= values < 0
     steps += HALF
     return np.bincount(steps, minlength=2 * HALF)
 

@@ -9,11 +9,11 @@ from onnx import ModelProto
 
 from calibration.choice import Options
 from calibration.graph import Array
+from calibration.layer_sensitivity import sensitivity
 from calibration.methods.layers import restored
 from calibration.prepare import prepare
 from calibration.quantizer import Quantized, quantize
 from calibration.scales import Scales
-from calibration.sensitivity import sensitivity
 from calibration.storage import Source
 
 _DEFAULTS = Options()

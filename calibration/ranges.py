@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from calibration.histogram import HALF, Histogram
 
 Doubles = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
 
 LEVELS = 256
 #: Clipped ranges that are tried, as shares of the whole; below a tenth a network would saturate.
@@ -49,7 +51,10 @@ def mse_range(histogram: Histogram) -> tuple[float, float]:
         rounded = np.rint(np.clip(values, lo, hi) / step) * step
         return float(np.dot(weights, np.square(rounded - values)))
 
-    return _best_range(histogram, error)
+    def errors(lows: Doubles, highs: Doubles) -> Doubles:
+        return np.array([error(float(lo), float(hi)) for lo, hi in zip(lows, highs, strict=True)])
+
+    return _best_range(histogram, errors)
 
 
 def entropy_range(histogram: Histogram) -> tuple[float, float]:
@@ -61,22 +66,24 @@ def entropy_range(histogram: Histogram) -> tuple[float, float]:
     """
     weights, width = _coarse(histogram)
     half = len(weights) // 2
-    beneath = np.concatenate(([0.0], np.cumsum(weights)))
+    beneath = _beneath(weights)
     each = float(histogram.counts.sum()) / max(histogram.looked_at, 1)
 
-    def divergence(lo: float, hi: float) -> float:
-        first, last = half + math.floor(lo / width), half + math.ceil(hi / width)
-        if last - first <= LEVELS:
-            return math.inf
-        inside = weights[first:last]
-        clipped = inside.copy()
-        clipped[0] += beneath[first]
-        clipped[-1] += beneath[-1] - beneath[last]
-        spread, freedom = _spread_over_levels(inside)
-        # Counts that are even but for chance diverge by half a nat a degree of freedom (Miller, 1955).
-        return _divergence(clipped, spread) - 0.5 * freedom * each / max(float(beneath[-1]), each)
+    def divergences(lows: Doubles, highs: Doubles) -> Doubles:
+        first = half + np.floor(lows / width).astype(np.int64)
+        last = half + np.ceil(highs / width).astype(np.int64)
+        found = np.full(lows.size, math.inf)
+        tried = np.flatnonzero(last - first > LEVELS)
+        if tried.size:
+            found[tried] = _divergences(weights, beneath, first[tried], last[tried], each)
+        return found
 
-    return _best_range(histogram, divergence)
+    return _best_range(histogram, divergences)
+
+
+def _beneath(counts: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """How much is below each edge of a bin; sums of whole numbers, so exact."""
+    return np.concatenate(([0], np.cumsum(counts)))
 
 
 def _coarse(histogram: Histogram) -> tuple[Doubles, float]:
@@ -91,21 +98,28 @@ def _coarse(histogram: Histogram) -> tuple[Doubles, float]:
     return weights, width
 
 
-def _best_range(histogram: Histogram, loss: Callable[[float, float], float]) -> tuple[float, float]:
+def _best_range(histogram: Histogram, losses: Callable[[Doubles, Doubles], Doubles]) -> tuple[float, float]:
     """Try the shares of the whole range, both ends together and then each alone; the least loss wins.
 
     The whole range wins a tie.
+
+    Args:
+        histogram: of the values.
+        losses: from the lower and the upper ends of several ranges to the loss of each.
     """
     lo, hi = min(histogram.lo, 0.0), max(histogram.hi, 0.0)
-    share = _least(lambda s: loss(lo * s, hi * s))
-    best_hi = _least(lambda s: loss(lo * share, hi * s)) if lo < 0.0 < hi else share
-    best_lo = _least(lambda s: loss(lo * s, hi * best_hi)) if lo < 0.0 < hi else share
+    fixed = np.ones_like(_SHARES)
+    share = _least(losses(lo * _SHARES, hi * _SHARES))
+    if not lo < 0.0 < hi:
+        return lo * share, hi * share
+    best_hi = _least(losses(lo * share * fixed, hi * _SHARES))
+    best_lo = _least(losses(lo * _SHARES, hi * best_hi * fixed))
     return lo * best_lo, hi * best_hi
 
 
-def _least(loss: Callable[[float], float]) -> float:
-    found = [(loss(float(share)), -float(share)) for share in _SHARES]
-    return -min(found)[1]
+def _least(losses: Doubles) -> float:
+    """The largest of the shares with the least loss."""
+    return float(_SHARES[len(_SHARES) - 1 - int(np.argmin(losses[::-1]))])
 
 
 def _without_zeros(histogram: Histogram) -> Doubles:
@@ -121,26 +135,49 @@ def _nonzero(histogram: Histogram) -> tuple[Doubles, Doubles]:
     return histogram.centers()[held], weights[held]
 
 
-def _spread_over_levels(inside: Doubles) -> tuple[Doubles, int]:
-    """What is left of a distribution after quantization: each level's mass, even over its occupied bins.
+def _divergences(weights: Doubles, beneath: Doubles, first: Indices, last: Indices, each: float) -> Doubles:
+    """The divergence of each clipped range, of all at once: their bins stand one after the other.
 
-    With it, in how many ways the bins could differ within their levels: occupied bins less occupied levels.
+    Args:
+        weights: the counts of all bins.
+        beneath: how much is below each edge of a bin.
+        first: the first bin of each range.
+        last: the one behind each range, which has more bins than there are levels.
+        each: how many values a counted one stands for.
     """
-    edges = np.arange(LEVELS + 1) * len(inside) // LEVELS
-    held = inside > 0
-    mass = np.add.reduceat(inside, edges[:-1])
-    bins = np.add.reduceat(held, edges[:-1], dtype=np.int64)
-    mean = mass / np.maximum(bins, 1)
-    spread: Doubles = np.repeat(mean, edges[1:] - edges[:-1]) * held
-    return spread, int(bins.sum()) - int(np.count_nonzero(bins))
+    sizes = last - first
+    starts = np.cumsum(sizes) - sizes
+    inside = weights[np.arange(int(sizes.sum())) + np.repeat(first - starts, sizes)]
+    clipped = inside.copy()
+    clipped[starts] += beneath[first]
+    clipped[starts + sizes - 1] += beneath[-1] - beneath[last]
+    edges = first[:, None] + np.arange(LEVELS + 1) * sizes[:, None] // LEVELS
+    mass, bins = np.diff(beneath[edges]), np.diff(_beneath(weights > 0)[edges])
+    # What is left after quantization: each level's mass, even over its occupied bins.
+    means = mass / np.maximum(bins, 1)
+    spread = np.repeat(means.reshape(-1), np.diff(edges).reshape(-1)) * (inside > 0)
+    # In how many ways the bins of each could differ within their levels.
+    freedom = bins.sum(axis=1) - np.count_nonzero(bins, axis=1)
+    # Counts that are even but for chance diverge by half a nat a degree of freedom (Miller, 1955).
+    chance = 0.5 * freedom * each / max(float(beneath[-1]), each)
+    found: Doubles = _kullback_leibler(clipped, spread, starts, sizes) - chance
+    return found
 
 
-def _divergence(reference: Doubles, quantized: Doubles) -> float:
-    """Kullback-Leibler divergence in nats; bins that quantization left empty count as a small share."""
-    total = quantized.sum()
-    if total == 0.0:
-        return math.inf
-    p = reference / reference.sum()
-    q = np.maximum(quantized / total, 1e-12)
+def _kullback_leibler(reference: Doubles, quantized: Doubles, starts: Indices, sizes: Indices) -> Doubles:
+    """The divergence of each distribution in nats; bins that quantization left empty count as a small share.
+
+    Infinite where nothing is left.
+    """
+    parts = [slice(start, start + size) for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)]
+    left = np.array([quantized[part].sum() for part in parts])
+    total = reference[parts[0]].sum()  # clipping moves counts, so all have the same
+    p = reference / max(float(total), 1.0)
+    q = np.maximum(quantized / np.repeat(np.where(left == 0.0, 1.0, left), sizes), 1e-12)
     held = p > 0
-    return float(np.dot(p[held], np.log(p[held] / q[held])))
+    p, q = p[held], q[held]
+    nats = np.log(p / q)
+    ends = np.cumsum(np.add.reduceat(held, starts, dtype=np.int64)).tolist()
+    sums = [np.dot(p[a:b], nats[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+    found: Doubles = np.where(left == 0.0, math.inf, sums)
+    return found

@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Sequence
 
 from onnx import ModelProto
 
+from calibration.layer_sensitivity import Reference
 from calibration.methods.rows import Row
 from calibration.quantizer import Quantized
 from calibration.scales import Scales
-from calibration.sensitivity import Reference
 
 #: What the spared layers may have of all multiply-accumulates.
 MAX_MACS_FRACTION = 0.02
