@@ -1,6 +1,7 @@
 """The way of a staged version into service: prepared, self-tested, switched, on probation, committed.
 
-Until the switch the old version serves and nothing on disk says otherwise; the switch is one atomic write of
+Until the switch the old version serves and nothing on disk says otherwise; where that is asked for, the new
+one computes copies of live requests meanwhile (see ``probation.shadow``). The switch is one atomic write of
 ``state.json``. From then on the next start comes up with the new version, which is on probation until a
 second write commits it. An error, a verdict of the health gate or a time-out takes both writes back.
 """
@@ -17,6 +18,7 @@ from device_agent.errors import AgentError, Refused
 from device_agent.journal import Operation
 from device_agent.manifest import Manifest
 from device_agent.model_state import ModelState
+from device_agent.probation.shadow import Shadow
 from device_agent.probation.watch import Interrupted, Watch
 from device_agent.signature import Signer
 from device_agent.startup import recording
@@ -50,6 +52,7 @@ class Activation:
         self._loop = OnLoop(None)
         self._stop = threading.Event()
         self._watches: Dict[str, Watch] = {}
+        self._shadows: Dict[str, Shadow] = {}
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Make switches on the event loop that serves."""
@@ -63,6 +66,11 @@ class Activation:
         """How a model's probation stands; None: it has none."""
         watch = self._watches.get(name)
         return None if watch is None else watch.describe()
+
+    def shadow_of(self, name: str) -> Optional[Dict[str, Any]]:
+        """How a version does that computes copies of live requests now; None: there is none."""
+        shadow = self._shadows.get(name)
+        return None if shadow is None else shadow.describe()
 
     def load(self, name: str, digest: str) -> None:
         """Serve an installed version at a start, when nothing of that name serves yet."""
@@ -132,6 +140,8 @@ class Activation:
         swap.take(loaded)
         operation.enter("prepared")
         operation.enter("selftested")
+        if digest not in target.committed:
+            self._shadow(operation, loaded, swap)
         # Disk first: if this write fails nothing has happened yet, and if the power goes after it the next
         # start comes up on a version that has just passed its self-test here.
         self._store.set_state(name, target)
@@ -151,6 +161,23 @@ class Activation:
             f"{manifest.name} version {manifest.version} was not ready in time",
             self._models.discard,
         )
+
+    def _shadow(self, operation: Operation, loaded: LoadedModel, swap: Swap) -> None:
+        """Before the switch, have the version compute copies of live requests, if that is asked for."""
+        shadow = self._models.shadow(
+            loaded, swap.old, paused=swap.paused, live=self._loop.serves, stop=self._stop
+        )
+        if shadow is None:
+            return
+        _log.info("%s: %s", operation.name, shadow)
+        if operation.on_state is not None:
+            operation.on_state(str(shadow))
+        self._shadows[operation.name] = shadow
+        try:
+            self._loop.wait(shadow.run())
+        finally:
+            del self._shadows[operation.name]
+            operation.shadow = shadow.describe()
 
     def _hold_probation(self, operation: Operation, loaded: LoadedModel, swap: Optional[Swap] = None) -> None:
         watch = self._models.watch(

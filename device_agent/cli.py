@@ -330,6 +330,10 @@ def _model_lines(model: Mapping[str, Any]) -> List[str]:
             f"failed after {last['state']}: {failure['what']}: {failure['why']}" if failure else last["state"]
         )
         lines.append(f"  last: {last['operation']} {last['digest'][:12]}: {outcome}")
+        if last.get("shadow") is not None:
+            from device_agent.probation import report as shadow_report
+
+            lines.append(shadow_report.line(last["shadow"]))
     return lines
 
 

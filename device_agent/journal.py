@@ -41,6 +41,7 @@ class Operation:
         fresh: whether the version was not installed before; it is removed if the operation fails.
         attempts: probations that were begun and of which no end is known.
         seen_s: for how long it was on probation in starts that ended in an orderly way.
+        shadow: how it did on copies of live requests before the switch; None: there were none.
     """
 
     store: Store
@@ -53,6 +54,7 @@ class Operation:
     fresh: bool = False
     attempts: int = 0
     seen_s: float = 0.0
+    shadow: Optional[Dict[str, Any]] = None
 
     def begin_attempt(self) -> None:
         """Enter the probation; counted first, since the version may end the process."""
@@ -109,6 +111,7 @@ class Operation:
                 "fresh": self.fresh,
                 "attempts": self.attempts,
                 "seen_s": self.seen_s,
+                "shadow": self.shadow,
                 "failure": failure,
                 "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) if ended else None,
                 "history": self._history(),
@@ -145,6 +148,7 @@ def interrupted(store: Store, name: str) -> Optional[Operation]:
     entry = store.journal(name)
     if entry is None or has_ended(entry):
         return None
+    shadow = entry.get("shadow")
     return Operation(
         store,
         str(entry.get("operation")),
@@ -155,6 +159,7 @@ def interrupted(store: Store, name: str) -> Optional[Operation]:
         fresh=entry.get("fresh") is True,
         attempts=_number(entry, "attempts", int),
         seen_s=_number(entry, "seen_s", float),
+        shadow=shadow if isinstance(shadow, dict) else None,
     )
 
 

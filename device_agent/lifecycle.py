@@ -290,6 +290,7 @@ class Lifecycle:
             "pause": None if pause is None else str(pause),
             "engine": self._models.describe_engine(name),
             "probation": self._activation.probation_of(name),
+            "shadow": self._activation.shadow_of(name),
             "last_operation": None if entry is None else journal.last(entry),
             "history": [] if entry is None else journal.past(entry),
             "versions": [version.describe() for version in self._store.versions(name)],

@@ -31,6 +31,7 @@ from device_agent.errors import Refused
 from device_agent.manifest import Manifest, Resources
 from device_agent.memory import give_back, resident_bytes
 from device_agent.metrics import Metrics
+from device_agent.probation.shadow import Shadow, why_skipped
 from device_agent.probation.verdict import Reference
 from device_agent.probation.watch import Watch, reference_of
 from device_agent.resources import NO_WISHES, engine_settings
@@ -200,6 +201,46 @@ class Models:
             stop=stop,
             seen_s=seen_s,
         )
+
+    def shadow(
+        self,
+        loaded: LoadedModel,
+        old: Optional[LoadedModel],
+        *,
+        paused: bool,
+        live: bool,
+        stop: threading.Event,
+    ) -> Optional[Shadow]:
+        """What a version does before it serves, on copies of live requests; None: that is not asked for.
+
+        Args:
+            loaded: the version.
+            old: the one that serves, if there is one.
+            paused: whether that was freed already.
+            live: whether requests can come.
+            stop: set when the agent stops.
+
+        Raises:
+            Refused: the golden files cannot be read.
+        """
+        if not self._config.probation.shadow_fraction:
+            return None
+        name = loaded.manifest.name
+        skipped = why_skipped(loaded, old, paused=paused, live=live)
+        return Shadow(
+            loaded,
+            self._metrics.of_model(name, loaded.digest),
+            None if skipped else old,
+            self._config.probation,
+            timeout_s=self._config.of_model(name).run_timeout_s,
+            is_idle=self._is_idle,
+            stop=stop,
+            skipped=skipped,
+        )
+
+    def _is_idle(self) -> bool:
+        """Whether no model has anything to do."""
+        return all(loaded.batcher.idle for loaded in self.serving())
 
     def discard(self, loaded: LoadedModel) -> None:
         """Free a version that never served."""

@@ -132,7 +132,7 @@ def _difference(
     same = np.asarray(got == golden)
     if dtype in ("BYTES", "BOOL"):
         return same, np.where(same, 0.0, np.inf)
-    got_64, golden_64 = _as_float64(dtype, got), _as_float64(dtype, golden)
+    got_64, golden_64 = as_float64(dtype, got), as_float64(dtype, golden)
     with np.errstate(invalid="ignore"):  # infinity minus infinity, or times zero
         error = np.where(same, 0.0, np.abs(got_64 - golden_64))
         within = error <= tolerance.absolute + tolerance.relative * np.abs(golden_64)
@@ -140,7 +140,8 @@ def _difference(
     return passed, error
 
 
-def _as_float64(dtype: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def as_float64(dtype: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The numbers of a tensor of a numeric ``dtype``; see :mod:`device_agent.tensors` for ``BF16``."""
     if dtype == "BF16":
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float64)

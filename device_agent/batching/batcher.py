@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import List, Optional
+from typing import Callable, List, Optional, Sequence
 
 from device_agent.batching.execution import EngineThread, execute
 from device_agent.batching.job import DeadlineExceeded, Job, QueueFull
@@ -63,6 +63,7 @@ class Batcher:
         self._timer: Optional[asyncio.TimerHandle] = None
         self._idle_waiters: List[asyncio.Future[None]] = []
         self._thread: Optional[EngineThread] = None
+        self._deliver: Callable[[List[Job]], None] = self._answer
 
     @property
     def latency(self) -> LatencyModel:
@@ -73,6 +74,11 @@ class Batcher:
     def thread(self) -> int:
         """The id of the model's own thread in the system; 0: it has not been needed yet."""
         return 0 if self._thread is None else self._thread.native_id
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued and nothing runs."""
+        return not self._scheduler.busy and len(self._scheduler.queue) == 0
 
     @property
     def running_s(self) -> float:
@@ -113,11 +119,25 @@ class Batcher:
 
     async def drain(self) -> None:
         """Wait until nothing is queued and nothing runs."""
-        if self._is_idle():
+        if self.idle:
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._idle_waiters.append(waiter)
         await waiter
+
+    def show_answers(self, observer: Optional[Callable[[Sequence[Job]], None]]) -> None:
+        """Show every batch that was computed to ``observer``, before its clients are answered.
+
+        Until then nobody writes to the memory that the inputs lie in. The observer must be quick and must not
+        raise. None: show them to nobody any more, which costs nothing.
+        """
+
+        def show_and_answer(batch: List[Job]) -> None:
+            if observer is not None:
+                observer(batch)
+            self._answer(batch)
+
+        self._deliver = self._answer if observer is None else show_and_answer
 
     def close(self) -> None:
         """Stop the thread. No job may follow."""
@@ -218,7 +238,7 @@ class Batcher:
     def _run_here(self, batch: List[Job]) -> None:
         """Run on the event loop, and answer before anything is learned of it."""
         execute(self._engine, batch)
-        self._answer(batch)
+        self._deliver(batch)
         self._settle(batch)
         if self._scheduler.minds_arrivals:
             self._plan_pump_after_reading()
@@ -231,13 +251,13 @@ class Batcher:
         Not on a single core, where it would hold up the answers.
         """
         if self.settings.one_core:
-            self._answer(batch)
+            self._deliver(batch)
             self._settle(batch)
             self._pump()
         else:
             self._settle(batch)
             self._pump()
-            self._answer(batch)
+            self._deliver(batch)
 
     def _settle(self, batch: List[Job]) -> None:
         self._scheduler.finished(batch, time.monotonic())
@@ -252,11 +272,8 @@ class Batcher:
                 job.on_done(job)
         self._metrics.record_batch(batch)
 
-    def _is_idle(self) -> bool:
-        return not self._scheduler.busy and len(self._scheduler.queue) == 0
-
     def _notify_if_idle(self) -> None:
-        if not self._idle_waiters or not self._is_idle():
+        if not self._idle_waiters or not self.idle:
             return
         for waiter in self._idle_waiters:
             if not waiter.done():

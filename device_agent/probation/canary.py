@@ -11,9 +11,10 @@ from device_agent.errors import Refused
 from device_agent.selftest import compare, load_arrays
 
 if TYPE_CHECKING:
+    from device_agent.batching.batcher import Batcher
     from device_agent.models import LoadedModel
 
-_BATCH_KEY = "golden row"  # no request has it, so a golden row runs alone and its time is its own
+_BATCH_KEY = "the agent's own"  # no request has it, so these run alone and their time is their own
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,32 @@ class Outcome:
     run_s: float = 0.0
     failure: str = ""
     wrong: str = ""
+
+
+async def compute(batcher: Batcher, inputs: Arrays, rows: int, timeout_s: float) -> Job:
+    """Have a version compute inputs on the running loop: alone, after all that clients ask, counted nowhere.
+
+    Returns:
+        The job, done; its ``error`` may be set.
+
+    Raises:
+        TurnedAway: live requests fill the queue.
+        asyncio.TimeoutError: there was no answer in time.
+    """
+    answered: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
+
+    def on_done(done: Job) -> None:
+        if not answered.done():  # it may have been given up
+            answered.set_result(done)
+
+    lowest = batcher.settings.batching.priority_levels
+    job = Job(inputs, rows, _BATCH_KEY, on_done, priority=lowest, probe=True)
+    batcher.submit(job)
+    try:
+        return await asyncio.wait_for(answered, timeout_s)
+    except asyncio.TimeoutError:
+        batcher.cancel(job)
+        raise
 
 
 class Canary:
@@ -56,31 +83,13 @@ class Canary:
     async def ask(self) -> Optional[Outcome]:
         """Ask for the next row on the running loop; None: live requests fill the queue."""
         inputs, golden = self._next()
-        loop = asyncio.get_running_loop()
-        answered: asyncio.Future[Job] = loop.create_future()
-        batcher = self._loaded.batcher
-
-        def on_done(done: Job) -> None:
-            if not answered.done():  # it may have been given up
-                answered.set_result(done)
-
-        job = Job(
-            inputs,
-            1,
-            _BATCH_KEY,
-            on_done,
-            priority=batcher.settings.batching.priority_levels,
-            probe=True,
-        )
         try:
-            batcher.submit(job)
-            await asyncio.wait_for(answered, self._timeout_s)
+            job = await compute(self._loaded.batcher, inputs, 1, self._timeout_s)
         except TurnedAway:
             return None
         except asyncio.TimeoutError:
-            batcher.cancel(job)
             return Outcome(failure=f"a golden row had no answer within {self._timeout_s:g} s")
-        return await loop.run_in_executor(None, self._judge, job, golden)
+        return await asyncio.get_running_loop().run_in_executor(None, self._judge, job, golden)
 
     def _next(self) -> Tuple[Arrays, Arrays]:
         if not self._loaded.batchable:

@@ -17,6 +17,8 @@ class ProbationSettings:
         max_error_fraction: of its requests, or what the old version had where that is more.
         max_latency_ratio: of its p99 to the old version's, where the bundle's contract has no latency.
         max_memory_growth_bytes: by how much its process may grow and still be growing.
+        shadow_fraction: of the live requests, to be computed by the new version too for ``duration_s`` before
+            it serves; 0: none, and the update takes that much less time.
     """
 
     duration_s: float = 10.0
@@ -24,6 +26,7 @@ class ProbationSettings:
     max_error_fraction: float = 0.01
     max_latency_ratio: float = 2.0
     max_memory_growth_bytes: int = 64 * 1024 * 1024
+    shadow_fraction: float = 0.0
 
 
 def problems(settings: ProbationSettings) -> Iterator[Tuple[str, str]]:
@@ -38,3 +41,7 @@ def problems(settings: ProbationSettings) -> Iterator[Tuple[str, str]]:
         yield "max_latency_ratio", "above 1"
     if settings.max_memory_growth_bytes <= 0:
         yield "max_memory_growth_bytes", "above zero"
+    if not 0 <= settings.shadow_fraction <= 1:
+        yield "shadow_fraction", "from 0 to 1"
+    elif settings.shadow_fraction and not settings.duration_s:
+        yield "shadow_fraction", "0 where duration_s is 0"

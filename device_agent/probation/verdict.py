@@ -60,6 +60,31 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class Mirrored:
+    """What was seen of a version that computed copies of requests before it served, and golden rows.
+
+    Attributes:
+        failed: those that failed.
+        failure: how the first did.
+        run_s: engine times of the others.
+        pairs_s: engine times of the old and of the new version for the same inputs, each in a run of its own.
+        wrong, crash: as in :class:`Evidence`.
+    """
+
+    failed: int = 0
+    failure: str = ""
+    run_s: Sequence[float] = ()
+    pairs_s: Sequence[Tuple[float, float]] = ()
+    wrong: str = ""
+    crash: str = ""
+
+    @property
+    def requests(self) -> int:
+        """All of them."""
+        return len(self.run_s) + self.failed
+
+
+@dataclass(frozen=True)
 class Reference:
     """What the version before was like.
 
@@ -109,6 +134,52 @@ def against(
     if exceeds_share(evidence.failed, evidence.requests, allowed):
         return f"{evidence.failed} of {evidence.requests} requests failed; allowed are {allowed:.2%}"
     return _slow(evidence, reference, contract, settings) or _leaking(evidence, settings)
+
+
+def against_mirrored(mirrored: Mirrored, contract: Contract, settings: ProbationSettings) -> Optional[str]:
+    """Why a version may not even be tried, by what it did with requests that the old version answered.
+
+    Clients wait for none of these answers, so it is engine times that are held against the contract. A
+    contract that the old version misses too is no measure; then, and without one, the old version is.
+    """
+    if mirrored.wrong:
+        return mirrored.wrong
+    if mirrored.crash:
+        return f"its engine's process ended: {mirrored.crash}"
+    if exceeds_share(mirrored.failed, mirrored.requests, settings.max_error_fraction):
+        first = f"; the first: {mirrored.failure}" if mirrored.failure else ""
+        return (
+            f"{mirrored.failed} of {mirrored.requests} requests failed that the old version answered; "
+            f"allowed are {settings.max_error_fraction:.2%}{first}"
+        )
+    if len(mirrored.run_s) < min(CONFIRMING_RUNS, settings.min_requests):
+        return None
+    old_run_s = [old_s for old_s, _ in mirrored.pairs_s]
+    if contract.latency_ms is not None:
+        quantile = _QUANTILES.get(contract.latency_quantile or "", 0.99)
+        origin = f"the contract's {contract.latency_quantile}"
+        bound = _Bound(quantile, contract.latency_ms / 1e3, origin, None)
+        if not _exceeds(old_run_s, bound):
+            return _past(mirrored.run_s, bound) if _exceeds(mirrored.run_s, bound) else None
+    return _slower(mirrored.pairs_s, settings)
+
+
+def _past(run_s: Sequence[float], bound: _Bound) -> str:
+    bad = sum(seconds > bound.limit_s for seconds in run_s)
+    limit_ms = bound.limit_s * 1e3
+    return f"{bad} of {len(run_s)} requests took the engine more than {limit_ms:.3g} ms ({bound.origin})"
+
+
+def _slower(pairs_s: Sequence[Tuple[float, float]], settings: ProbationSettings) -> Optional[str]:
+    if len(pairs_s) < min(CONFIRMING_RUNS, settings.min_requests):
+        return None
+    old_s, new_s = (median(times) for times in zip(*pairs_s))
+    if new_s <= settings.max_latency_ratio * (old_s + _UNPAIRED_SLACK_S):
+        return None
+    return (
+        f"the same requests take the engine {new_s * 1e3:.3g} ms, {new_s / old_s:.1f} times the old "
+        f"version's time; allowed are {settings.max_latency_ratio:g}"
+    )
 
 
 def needs_confirmation(

@@ -122,6 +122,7 @@ class FakeModels:
         broken: digests whose self-test fails.
         unhealthy: digests that do not hold on probation.
         late: whether probations come to no end in their time.
+        late_shadow: whether work on copies of live requests comes to no end in its time.
         serving: digest by model name.
         events: what was called, in order.
     """
@@ -129,6 +130,7 @@ class FakeModels:
     broken: List[str] = field(default_factory=list)
     unhealthy: List[str] = field(default_factory=list)
     late: bool = False
+    late_shadow: bool = False
     serving: Dict[str, Any] = field(default_factory=dict)
     events: List[str] = field(default_factory=list)
 
@@ -143,6 +145,10 @@ class FakeModels:
     def watch(self, loaded: Any, old: Any, **options: Any) -> Any:
         """A probation that ends at once."""
         return FakeWatch(loaded.digest in self.unhealthy, self.late)
+
+    def shadow(self, loaded: Any, old: Any, **options: Any) -> Any:
+        """None is asked for, unless it is to come to no end."""
+        return FakeWatch(unhealthy=False, late=True) if self.late_shadow else None
 
     def discard(self, loaded: Any) -> None:
         """Free what came too late."""

@@ -34,7 +34,7 @@ TABLE: Dict[str, Dict[str, str]] = {
     "verified": {"error": OLD, "power cut": OLD, "timeout": OLD},
     "staged": {"error": OLD, "power cut": OLD, "timeout": OLD},
     "prepared": {"error": OLD, "power cut": OLD, "timeout": NEVER},
-    "selftested": {"error": OLD, "power cut": OLD, "timeout": NEVER},
+    "selftested": {"error": OLD, "power cut": OLD, "timeout": OLD},
     "switched": {"error": OLD, "power cut": AGAIN, "timeout": NEVER},
     "probation": {"error": OLD, "power cut": AGAIN, "timeout": OLD},
     "probation again": {"error": OLD, "power cut": OLD, "timeout": OLD},
@@ -170,6 +170,8 @@ def _hang(device: Device, patch: pytest.MonkeyPatch, state: str) -> None:
         patch.setattr(archive, "unpack", wait)
     elif state == "staged":
         patch.setattr(device.models, "prepare", wait)
+    elif state == "selftested":
+        device.models.late_shadow = True
     elif state == "probation":
         device.models.late = True
     else:
