@@ -33,8 +33,9 @@ def agent_package() -> Path:
 
 
 def make_package(architecture: str) -> Path:
-    """Make the agent's Debian package for Debian 12, as `make deb` does."""
-    argv = ["make", "--no-print-directory", "deb", f"DEB_ARCH={architecture}", "DEB_PYTHON=3.11"]
+    """Make the agent's Debian package for the devices of an architecture, as `make deb` does."""
+    _, python = roots.SUITES[architecture]
+    argv = ["make", "--no-print-directory", "deb", f"DEB_ARCH={architecture}", f"DEB_PYTHON={python}"]
     done = subprocess.run(argv, cwd=REPOSITORY, check=True, capture_output=True, text=True)
     return REPOSITORY / done.stdout.split()[-1]
 

@@ -17,7 +17,9 @@ from device import run_in
 CACHE = Path(__file__).parents[2] / ".system"
 MIRROR = os.environ.get("DEBIAN_MIRROR")  # else debootstrap's own
 
-_SUITE = "bookworm"
+# Under qemu's emulation of aarch64 ONNX Runtime 1.32 ends with SIGSEGV as it is loaded, and 1.19.2 does not: the
+# one that Debian 11's Python has, and JetPack 5's.
+SUITES = {"amd64": ("bookworm", "3.11"), "arm64": ("bullseye", "3.9")}
 _PACKAGES = "systemd,systemd-sysv,dbus,openssh-server,python3,python3-distutils,procps,ca-certificates"
 _BINFMT = Path("/proc/sys/fs/binfmt_misc")
 _EMULATOR = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")
@@ -33,14 +35,15 @@ def base(architecture: str) -> Path:
     _require_tools()
     if architecture != _native():
         _require_emulation()
-    root = CACHE / f"{_SUITE}-{architecture}"
+    suite, _ = SUITES[architecture]
+    root = CACHE / f"{suite}-{architecture}"
     if not root.exists():
         CACHE.mkdir(exist_ok=True)
         unfinished = CACHE / f"unfinished-{architecture}"
         shutil.rmtree(unfinished, ignore_errors=True)
         argv = ["debootstrap", f"--arch={architecture}", "--variant=minbase", f"--include={_PACKAGES}"]
         subprocess.run(
-            [*argv, _SUITE, str(unfinished), *([MIRROR] if MIRROR else [])],
+            [*argv, suite, str(unfinished), *([MIRROR] if MIRROR else [])],
             check=True,
             timeout=_TIMEOUT_S,
             capture_output=True,
