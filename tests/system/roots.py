@@ -17,8 +17,8 @@ from device import run_in
 CACHE = Path(__file__).parents[2] / ".system"
 MIRROR = os.environ.get("DEBIAN_MIRROR")  # else debootstrap's own
 
-# Under qemu's emulation of aarch64 ONNX Runtime 1.32 ends with SIGSEGV as it is loaded, and 1.19.2 does not: the
-# one that Debian 11's Python has, and JetPack 5's.
+# Under qemu's emulation of aarch64 ONNX Runtime 1.32 ends with SIGSEGV while it is loaded, and 1.19.2 does not:
+# the one that Debian 11's Python gets, and JetPack 5's.
 SUITES = {"amd64": ("bookworm", "3.11"), "arm64": ("bullseye", "3.9")}
 _PACKAGES = "systemd,systemd-sysv,dbus,openssh-server,python3,python3-distutils,procps,ca-certificates"
 _BINFMT = Path("/proc/sys/fs/binfmt_misc")
