@@ -17,7 +17,7 @@ from device import run_in
 CACHE = Path(__file__).parents[2] / ".system"
 MIRROR = os.environ.get("DEBIAN_MIRROR")  # else debootstrap's own
 
-# Under qemu's emulation of aarch64 ONNX Runtime 1.32 ends with SIGSEGV while it is loaded, and 1.19.2 does not:
+# Under emulation ONNX Runtime 1.32 for aarch64 ends with SIGSEGV while it is loaded, and 1.19.2 does not:
 # the one that Debian 11's Python gets, and JetPack 5's.
 SUITES = {"amd64": ("bookworm", "3.11"), "arm64": ("bullseye", "3.9")}
 _PACKAGES = "systemd,systemd-sysv,dbus,openssh-server,python3,python3-distutils,procps,ca-certificates"
