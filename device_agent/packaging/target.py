@@ -14,6 +14,7 @@ MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 #: The oldest glibc that a device may have: Ubuntu 20.04's, of JetPack 5, and Debian 11's.
 GLIBC_MINOR = 31
+_LATE_PATCH = 2
 _OLDEST_GLIBC_MINOR = 5
 _OLDER_TAGS = ("manylinux1", "manylinux2010", "manylinux2014")  # manylinux1 and 2010 exist for x86-64 only
 
@@ -60,7 +61,9 @@ class Target:
         pip does not know that a newer glibc runs what was built for an older one, so every one is named.
         """
         tags = [f"manylinux_2_{minor}" for minor in range(_OLDEST_GLIBC_MINOR, GLIBC_MINOR + 1)]
-        options = ["--only-binary", ":all:", "--implementation", "cp", "--python-version", self.python]
+        # A late patch release, as distributions have: cryptography excludes the first two of 3.9.
+        python = f"{self.python}.{_LATE_PATCH}"
+        options = ["--only-binary", ":all:", "--implementation", "cp", "--python-version", python]
         for tag in (*tags, *_OLDER_TAGS):
             options += ["--platform", f"{tag}_{self.machine}"]
         return options
@@ -69,7 +72,7 @@ class Target:
         """What ``packaging.markers`` needs to judge a requirement for the target, not for this machine."""
         return {
             "python_version": self.python,
-            "python_full_version": f"{self.python}.0",
+            "python_full_version": f"{self.python}.{_LATE_PATCH}",
             "platform_python_implementation": "CPython",
             "implementation_name": "cpython",
             "platform_machine": self.machine,
