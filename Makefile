@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | bench | test-agent | test-system | fuzz | soak | wheel | deb: each works from a clean clone.
+# make setup | demo | test | lint | bench | test-agent | test-system | fuzz | soak | wheel | zipapp | deb: each works from a clean clone.
 #
 # PYTHON            the host's interpreter, 3.10 or newer
 # PIP_ARGS          passed to pip; where pip would fetch a CUDA build of torch, point it at PyTorch's CPU
@@ -6,7 +6,7 @@
 # FUZZ_SECONDS      how long fuzz runs each target
 # SOAK_MINUTES      how long soak runs
 # AGENT_PYTHONS     the versions that test-agent looks for
-# DEB_ARCH          amd64 or arm64: the device that deb is for; default: as this machine
+# DEB_ARCH          amd64 or arm64: the device that deb and zipapp are for; default: as this machine
 # DEB_PYTHON        the device's Python, such as 3.8 on JetPack 5; default: PYTHON's
 # DEB_VERSION       of the Debian package; default: the agent's
 PYTHON ?= python3
@@ -21,7 +21,7 @@ PACK_VENV := .venv-packaging
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench test-agent test-system fuzz soak wheel deb clean
+.PHONY: setup demo test lint bench test-agent test-system fuzz soak wheel zipapp deb clean
 
 setup: $(STAMP)
 
@@ -65,7 +65,7 @@ bench: setup
 	  echo "$$script"; $(BIN)/python $$script $(BENCH_ARGS) || status=$$?; done; exit $${status:-0}
 
 # Packages of the agent, in dist/. They need pip's index here, and no network where they are installed.
-wheel deb: $(PACK_VENV)/.installed
+wheel zipapp deb: $(PACK_VENV)/.installed
 	$(PACK_VENV)/bin/python -m device_agent.packaging $@ $(PACK_ARGS)
 
 $(PACK_VENV)/.installed: Makefile

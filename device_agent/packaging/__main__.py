@@ -1,4 +1,4 @@
-"""``python -m device_agent.packaging wheel | onefile | deb``: build, print the path of what was built."""
+"""``python -m device_agent.packaging wheel | zipapp | deb``: build, print the path of what was built."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     here = Target.here()
     parser = argparse.ArgumentParser(prog="python -m device_agent.packaging", description=__doc__)
-    parser.add_argument("kind", choices=("wheel", "deb"))
+    parser.add_argument("kind", choices=("wheel", "zipapp", "deb"))
     parser.add_argument("--out", type=Path, default=Path("dist"), help="directory; default dist")
     parser.add_argument("--arch", default=here.architecture, help="amd64 or arm64; default: this machine's")
     parser.add_argument("--python", default=here.python, help="the device's Python; default: this one")
@@ -38,9 +38,14 @@ def _build(options: argparse.Namespace) -> Path:
         from device_agent.packaging import site
 
         return site.agent_wheel(options.out)
+    target = Target(options.arch, options.python)
+    if options.kind == "zipapp":
+        from device_agent.packaging import onefile
+
+        return onefile.build(target, options.out)
     from device_agent.packaging import deb
 
-    return deb.build(Target(options.arch, options.python), options.out, options.version)
+    return deb.build(target, options.out, options.version)
 
 
 if __name__ == "__main__":
