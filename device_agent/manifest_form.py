@@ -12,7 +12,8 @@ import collections.abc
 import json
 import math
 from dataclasses import fields, is_dataclass
-from typing import Any, Dict, List, Tuple, Type, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import lru_cache
+from typing import Any, Dict, List, Mapping, Tuple, Type, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from device_agent.errors import ManifestError
 
@@ -63,7 +64,7 @@ def build(cls: Type[_T], raw: Any, where: str) -> _T:
     """
     if not isinstance(raw, dict):
         raise malformed(f"{where} is not an object")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     known = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # cls is always a dataclass here
     unknown = sorted(set(raw) - set(known))
     if unknown:
@@ -73,6 +74,11 @@ def build(cls: Type[_T], raw: Any, where: str) -> _T:
         return cls(**values)
     except TypeError as error:
         raise malformed(f"{where}: {error}") from error
+
+
+@lru_cache(maxsize=None)
+def _hints(cls: Type[Any]) -> Mapping[str, Any]:
+    return get_type_hints(cls)  # which compiles every annotation, each time
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

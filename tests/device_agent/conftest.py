@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
@@ -30,3 +32,14 @@ def start_agent(tmp_path: Path) -> Iterator[Callable[..., AgentProcess]]:
     yield start
     for agent in agents:
         agent.kill()
+
+
+@pytest.fixture
+def in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory for devices whose disk is modelled or outlives the process: in memory, and never synced."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    memory = Path("/dev/shm")  # not everywhere
+    with tempfile.TemporaryDirectory(
+        dir=str(memory if os.access(str(memory), os.W_OK) else tmp_path)
+    ) as path:
+        yield Path(path)

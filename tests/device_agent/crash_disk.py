@@ -39,6 +39,29 @@ def on_primitive(
         monkeypatch.setattr(durable, name, wrapped)
 
 
+def on_plain_write(
+    monkeypatch: pytest.MonkeyPatch,
+    root: Path,
+    around: Callable[[str, Sequence[Any], Callable[[], Any]], Any],
+) -> None:
+    """Pass files that are opened for writing and directories that are made below ``root`` through it too."""
+    for name, original in (("open", Path.open), ("mkdir", Path.mkdir)):
+
+        def wrapped(
+            path: Path,
+            *arguments: Any,
+            _name: str = name,
+            _original: Callable[..., Any] = original,
+            **options: Any,
+        ) -> Any:
+            mode = options.get("mode", arguments[0] if arguments else "r")
+            if (path != root and root not in path.parents) or (_name == "open" and mode in ("r", "rb")):
+                return _original(path, *arguments, **options)
+            return around(_name, (path,), lambda: _original(path, *arguments, **options))
+
+        monkeypatch.setattr(Path, name, wrapped)
+
+
 @dataclass
 class _File:
     current: bytes

@@ -3,92 +3,25 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import pytest
 
-from crash_disk import Contents, CrashDisk, on_primitive, rebuild
-from device_agent import journal
+from crash_kit import Change, World, crash_states, fail_at_every_step, states_without
 from device_agent.errors import AgentError, Refused
 from device_agent.lifecycle import Lifecycle
-from device_agent.signature import Trust
 from device_agent.store import Store
 from device_agent.trust_store import TrustStore
-from storage_kit import FakeModels, make_key, rotation_to, signed_bundle
-
-Change = Callable[[Lifecycle], Any]
-
-
-class World:
-    """A device with an old version, and bundles to change it with."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.state_dir = root / "state"
-        self.counter = itertools.count()
-        self.broken: List[str] = []
-        self.unhealthy: List[str] = []
-        self.trust = Trust(root / "keys")
-        self.key = key = make_key(root / "keys")
-        self.digests: Dict[str, str] = {}
-        for version, name in enumerate(("old", "older", "new", "next"), 1):
-            model = {"model.onnx": name.encode() * 20}
-            self.digests[name] = signed_bundle(root / name, key, version=version, extra=model).digest
-
-    def bundle(self, name: str) -> Path:
-        """Where a bundle lies."""
-        return self.root / name
-
-    def install(self, *names: str) -> None:
-        """Install versions one after the other, before the test begins."""
-        with Store(self.state_dir) as store:
-            lifecycle = Lifecycle(store, self.trust, FakeModels())  # type: ignore[arg-type]  # the double
-            for name in names:
-                lifecycle.install(self.bundle(name), allow_downgrade=True)
-
-    def models(self) -> FakeModels:
-        """What an agent that starts now would load versions with."""
-        return FakeModels(broken=self.broken, unhealthy=self.unhealthy)
-
-    def check_start(self, state_dir: Path, allowed: Sequence[Optional[str]]) -> Optional[str]:
-        """Start on what a crash left; return which version serves, and prove that updates still work."""
-        models = self.models()
-        with Store(state_dir) as store:
-            lifecycle = Lifecycle(store, self.trust, models)  # type: ignore[arg-type]  # the double
-            lifecycle.restore()
-            lifecycle.resume()
-            serving = models.get("demo")
-            found = None if serving is None else serving.digest
-            assert found in allowed
-            assert store.active("demo") == found
-            assert found is None or found in store.state("demo").committed
-            assert not store.names() or journal.interrupted(store, "demo") is None
-            for version in store.list():
-                assert version.active or version.committed  # nothing half-installed stays
-                self.trust.check(version.directory, *_read(version.directory))
-            assert not list((state_dir / "temporary").iterdir())
-            lifecycle.install(self.bundle("next"))
-            assert models.serving["demo"].digest == store.active("demo") == self.digests["next"]
-        return found
-
-
-def _read(directory: Path) -> Any:
-    from device_agent import manifest
-
-    return manifest.read(directory)
+from storage_kit import FakeModels, make_key, rotation_to
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    """A device; syncing a real disk is skipped, since the disks here are modelled or survive the process."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    return World(tmp_path)
+def world(in_memory: Path) -> World:
+    """A device."""
+    return World(in_memory)
 
 
 def _fail_on_probation(world: World) -> Change:
@@ -133,15 +66,16 @@ def test_a_power_cut_leaves_the_old_version_or_the_new_one(
     installed, make_change, before, after = CHANGES[name]
     world.install(*installed)
     world.state_dir.mkdir(exist_ok=True)
-    during, finished = _crash_states(world, monkeypatch, make_change(world))
+    change = make_change(world)
+    states = crash_states(monkeypatch, world.state_dir, lambda: world.run(change))
     allowed = [None if item is None else world.digests[item] for item in (*before, after)]
-    seen = {world.check_start(_rebuilt(world, state), allowed) for state in during}
+    seen = {world.check_start(world.rebuilt(state), allowed) for state in states.during}
     assert seen == set(allowed)
-    for state in finished:  # once the agent has said that it is done, nothing takes the change back
-        rebuilt = _rebuilt(world, state)
+    for state in states.finished:  # once the agent has said that it is done, nothing takes the change back
+        rebuilt = world.rebuilt(state)
         world.check_start(rebuilt, [world.digests[after]])
         assert len(TrustStore(rebuilt / "trust").rotations()) == (name == "key rotation")
-    print(f"{name}: {len(during) + len(finished)} states explored, 0 violations")
+    states.say(name)
 
 
 @pytest.mark.parametrize(("fault", "after"), [("", "new"), ("broken", "old"), ("unhealthy", "old")])
@@ -166,31 +100,23 @@ def test_a_power_cut_while_recovering_is_no_different(
         store.set_journal("demo", {**entry, "failure": None})
     if fault:
         monkeypatch.setattr(world, fault, [new])
-    during, finished = _crash_states(world, monkeypatch, lambda lifecycle: None)
-    seen = {world.check_start(_rebuilt(world, state), [world.digests["old"], new]) for state in during}
+    states = crash_states(monkeypatch, world.state_dir, lambda: world.run(lambda lifecycle: None))
+    seen = {world.check_start(world.rebuilt(state), [world.digests["old"], new]) for state in states.during}
     assert world.digests[after] in seen
-    for state in finished:
-        world.check_start(_rebuilt(world, state), [world.digests[after]])
-    print(f"recovery to {after} {fault}: {len(during) + len(finished)} states explored, 0 violations")
+    for state in states.finished:
+        world.check_start(world.rebuilt(state), [world.digests[after]])
+    states.say(f"recovery to {after} {fault}".rstrip())
 
 
 @pytest.mark.parametrize("broken", ["_sync_directory", "_sync_file"])
 def test_the_harness_finds_a_missing_sync(world: World, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     """If the agent stopped syncing files or directories, the tests above would notice."""
     world.install("old")
-    disk = CrashDisk(world.state_dir)
-    follow = disk.around(lambda: None)
-
-    def forget_to_sync(name: str, arguments: Sequence[Any], call: Callable[[], Any]) -> Any:
-        return None if name == broken else follow(name, arguments, call)
-
-    with monkeypatch.context() as patch:
-        on_primitive(patch, forget_to_sync)
-        _run(world, lambda lifecycle: lifecycle.install(world.bundle("new")))
+    change: Change = lambda lifecycle: lifecycle.install(world.bundle("new"))  # noqa: E731
     failures = 0
-    for state in _unique(list(disk.states())):
+    for state in states_without(monkeypatch, world.state_dir, broken, lambda: world.run(change)):
         try:
-            world.check_start(_rebuilt(world, state), [world.digests["new"]])
+            world.check_start(world.rebuilt(state), [world.digests["new"]])
         except (AssertionError, AgentError):
             failures += 1
     assert failures > 0
@@ -202,47 +128,9 @@ def test_a_failing_disk_leaves_the_old_version_serving(
 ) -> None:
     """A disk that fills up, turns read-only or breaks at any step costs the update and nothing else."""
     world.install("old")
-    step = 0
-    while _install_on_failing_disk(world, monkeypatch, step, reason, lasting):
-        step += 1
-    assert step > 20
-
-
-def _install_on_failing_disk(
-    world: World, monkeypatch: pytest.MonkeyPatch, step: int, reason: int, lasting: bool
-) -> bool:
-    """Install while the disk fails at one step; return whether that step was reached."""
-    state_dir = world.root / f"disk{reason}-{step}"
-    shutil.copytree(str(world.state_dir), str(state_dir))
-    steps = iter(range(10**6))
-    failed = False
-
-    def fail(name: str, arguments: Sequence[Any], call: Callable[[], Any]) -> Any:
-        nonlocal failed
-        index = next(steps)
-        if index == step or (lasting and index > step):
-            failed = True
-            raise OSError(reason, os.strerror(reason))
-        return call()
-
-    models = FakeModels()
-    with Store(state_dir) as store:
-        lifecycle = Lifecycle(store, world.trust, models)  # type: ignore[arg-type]  # the double
-        lifecycle.restore()
-        with monkeypatch.context() as patch:
-            on_primitive(patch, fail)
-            try:
-                lifecycle.install(world.bundle("new"))
-                installed = "new"
-            except Refused:
-                installed = "old"
-        assert models.serving["demo"].digest == world.digests[installed]
-        if not lasting:
-            assert store.active("demo") == world.digests[installed]
-        lifecycle.install(world.bundle("next"))
-        assert models.serving["demo"].digest == store.active("demo") == world.digests["next"]
-    world.check_start(state_dir, [world.digests["next"]])
-    return failed
+    steps = fail_at_every_step(world, monkeypatch, reason, lasting, World.install_bundle)
+    assert steps > 20
+    print(f"install, {os.strerror(reason)}: {steps} steps failed, 0 violations")
 
 
 KILLED_INSTALL = """
@@ -257,6 +145,7 @@ from device_agent.signature import Trust
 from device_agent.store import Store
 
 root = Path(sys.argv[2])
+os.fsync = lambda descriptor: None  # what a process wrote outlives it
 
 def install(state_dir, step):
     steps = iter(range(10**6))
@@ -293,38 +182,4 @@ def test_a_kill_at_any_step_leaves_the_old_version_or_the_new_one(world: World) 
     allowed = [world.digests["old"], world.digests["new"]]
     outcomes = [world.check_start(state_dir, allowed) for state_dir in killed]
     assert (outcomes[0], outcomes[-1]) == (world.digests["old"], world.digests["new"])
-
-
-def _crash_states(world: World, monkeypatch: pytest.MonkeyPatch, change: Change) -> Any:
-    """The disks that a power cut during ``change`` may leave, and those that one afterwards may."""
-    disk = CrashDisk(world.state_dir)
-    states: List[Contents] = []
-    with monkeypatch.context() as patch:
-        on_primitive(patch, disk.around(lambda: states.extend(disk.states())))
-        _run(world, change)
-    after = list(disk.states())
-    return _unique(states), _unique(after)
-
-
-def _run(world: World, change: Change) -> None:
-    models = world.models()
-    with Store(world.state_dir) as store:
-        lifecycle = Lifecycle(store, world.trust, models)  # type: ignore[arg-type]  # the double
-        lifecycle.restore()
-        lifecycle.resume()
-        change(lifecycle)
-
-
-def _unique(states: List[Contents]) -> List[Contents]:
-    """Drop repeated states; content below ``temporary`` is deleted at the start and makes no difference."""
-    kept: Dict[Any, Contents] = {}
-    for state in states:
-        lasting = {k: v for k, v in state.items() if v is None or not k.startswith("temporary/")}
-        kept[frozenset(lasting.items())] = state
-    return list(kept.values())
-
-
-def _rebuilt(world: World, state: Contents) -> Path:
-    path = world.root / f"crash{next(world.counter)}"
-    rebuild(state, path)
-    return path
+    print(f"install, killed: {len(killed)} steps, 0 violations")

@@ -11,14 +11,14 @@ from typing import Any, Callable, Dict, FrozenSet, List, Sequence
 
 import pytest
 
-from crash_disk import Contents, CrashDisk, on_primitive, rebuild
+from crash_disk import on_primitive
+from crash_kit import Change, Rebuilt, crash_states, states_without
 from device_agent.errors import AgentError, DowngradeError, Refused
 from device_agent.lifecycle import Lifecycle
 from device_agent.signature import Trust
 from device_agent.store import Store
 from storage_kit import FakeModels, make_key, rotation_to, signed_bundle
 
-Change = Callable[[Lifecycle], Any]
 Usable = FrozenSet[str]
 
 
@@ -28,7 +28,7 @@ class World:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.state_dir = root / "state"
-        self.counter = itertools.count()
+        self.rebuilt = Rebuilt(root)
         self.keys: Dict[str, Any] = {name: make_key(None) for name in ("second", "third")}
         self.keys["root"] = make_key(root / "keys", "root")
         self.documents = {
@@ -68,10 +68,9 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    """A device; syncing a real disk is skipped, since the disks here are modelled or survive the process."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    return World(tmp_path)
+def world(in_memory: Path) -> World:
+    """A device."""
+    return World(in_memory)
 
 
 ROTATIONS: Dict[str, Any] = {
@@ -89,28 +88,28 @@ def test_a_power_cut_leaves_the_old_keys_or_the_new_ones(
     for item in earlier:
         world.run(world.state_dir, lambda lifecycle, item=item: lifecycle.rotate(world.documents[item]))
     change: Change = lambda lifecycle: lifecycle.rotate(world.documents[document])  # noqa: E731
-    during, finished = _crash_states(world, monkeypatch, change)
+    states = crash_states(monkeypatch, world.state_dir, lambda: world.run(world.state_dir, change))
     seen = set()
-    for state in during:
-        state_dir = _rebuilt(world, state)
+    for state in states.during:
+        state_dir = world.rebuilt(state)
         usable = world.usable(state_dir)
         assert usable in (before, after)
         seen.add(usable)
         world.run(state_dir, change)  # what was interrupted can be done again, or was done
         assert world.usable(state_dir) == after
     assert seen == {frozenset(before), frozenset(after)}
-    for state in finished:  # once the agent has said that it is done, nothing takes it back
-        assert world.usable(_rebuilt(world, state)) == after
-    print(f"{name}: {len(during) + len(finished)} states explored, 0 violations")
+    for state in states.finished:  # once the agent has said that it is done, nothing takes it back
+        assert world.usable(world.rebuilt(state)) == after
+    states.say(name)
 
 
 def test_a_power_cut_never_lowers_the_floor(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever power goes while an update commits, the version that then serves is the floor."""
     install: Change = lambda lifecycle: lifecycle.install(world.bundle(3))  # noqa: E731
-    during, finished = _crash_states(world, monkeypatch, install)
+    states = crash_states(monkeypatch, world.state_dir, lambda: world.run(world.state_dir, install))
     seen = set()
-    for state in during + finished:
-        state_dir = _rebuilt(world, state)
+    for state in states.during + states.finished:
+        state_dir = world.rebuilt(state)
         serving = world.run(state_dir, lambda lifecycle: None)
         seen.add(serving)
         if serving == world.digests[3]:
@@ -119,9 +118,9 @@ def test_a_power_cut_never_lowers_the_floor(world: World, monkeypatch: pytest.Mo
         else:
             world.run(state_dir, lambda lifecycle: lifecycle.install(world.bundle(2)))
     assert seen == {world.digests[1], world.digests[3]}
-    for state in finished:
-        assert world.run(_rebuilt(world, state), lambda lifecycle: None) == world.digests[3]
-    print(f"floor: {len(during) + len(finished)} states explored, 0 violations")
+    for state in states.finished:
+        assert world.run(world.rebuilt(state), lambda lifecycle: None) == world.digests[3]
+    states.say("floor")
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS])
@@ -141,6 +140,7 @@ def test_a_failing_disk_costs_the_rotation_and_nothing_else(
         if not failed:
             break
     assert step >= 3
+    print(f"rotation, {os.strerror(reason)}: {step} steps failed, 0 violations")
 
 
 def _rotate_on_failing_disk(
@@ -172,45 +172,12 @@ def _rotate_on_failing_disk(
 @pytest.mark.parametrize("broken", ["_sync_directory"])
 def test_the_harness_finds_a_missing_sync(world: World, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     """If a rotation were not synced, the tests above would notice."""
-    disk = CrashDisk(world.state_dir)
-    follow = disk.around(lambda: None)
-
-    def forget(name: str, arguments: Sequence[Any], call: Callable[[], Any]) -> Any:
-        return None if name == broken else follow(name, arguments, call)
-
-    with monkeypatch.context() as patch:
-        on_primitive(patch, forget)
-        world.run(world.state_dir, lambda lifecycle: lifecycle.rotate(world.documents["second"]))
+    change: Change = lambda lifecycle: lifecycle.rotate(world.documents["second"])  # noqa: E731
     lost = 0
-    for state in _unique(list(disk.states())):
+    run = lambda: world.run(world.state_dir, change)  # noqa: E731
+    for state in states_without(monkeypatch, world.state_dir, broken, run):
         try:
-            lost += world.usable(_rebuilt(world, state)) != {"root", "second"}
+            lost += world.usable(world.rebuilt(state)) != {"root", "second"}
         except (AssertionError, AgentError, KeyError):
             lost += 1
     assert lost > 0
-
-
-def _crash_states(world: World, monkeypatch: pytest.MonkeyPatch, change: Change) -> Any:
-    """The disks that a power cut during ``change`` may leave, and those that one afterwards may."""
-    disk = CrashDisk(world.state_dir)
-    states: List[Contents] = []
-    with monkeypatch.context() as patch:
-        on_primitive(patch, disk.around(lambda: states.extend(disk.states())))
-        world.run(world.state_dir, change)
-    after = list(disk.states())
-    return _unique(states), _unique(after)
-
-
-def _unique(states: List[Contents]) -> List[Contents]:
-    """Drop repeated states; content below ``temporary`` is deleted at the start and makes no difference."""
-    kept: Dict[Any, Contents] = {}
-    for state in states:
-        lasting = {k: v for k, v in state.items() if v is None or not k.startswith("temporary/")}
-        kept[frozenset(lasting.items())] = state
-    return list(kept.values())
-
-
-def _rebuilt(world: World, state: Contents) -> Path:
-    path = world.root / f"crash{next(world.counter)}"
-    rebuild(state, path)
-    return path
