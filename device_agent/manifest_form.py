@@ -64,7 +64,7 @@ def build(cls: Type[_T], raw: Any, where: str) -> _T:
     """
     if not isinstance(raw, dict):
         raise malformed(f"{where} is not an object")
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
     known = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # cls is always a dataclass here
     unknown = sorted(set(raw) - set(known))
     if unknown:
