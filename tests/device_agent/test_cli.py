@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,23 @@ def test_a_store_that_is_in_use_is_not_touched(
     agent.control.unlink()
     assert cli.main(["list", "--config", str(agent.control.with_name("agent.toml"))]) == 5
     assert "is in use" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be somebody else")
+@pytest.mark.parametrize("command", ["list", "install"])
+def test_root_leaves_nothing_in_the_store_of_another_user(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """While no agent runs root is refused, and told as whom to run it: the agent can still use its store."""
+    state = tmp_path / "state"
+    state.mkdir()
+    os.chown(str(state), 65534, 65534)
+    _signed(tmp_path / "1", make_key(tmp_path / "keys"))
+    arguments = [str(tmp_path / "1")] if command == "install" else []
+    assert cli.main([command, *arguments, "--config", str(config)]) == 5
+    lines = capsys.readouterr().err.splitlines()
+    assert (len(lines), list(state.iterdir())) == (3, [])
+    assert "sudo -u" in lines[2]
 
 
 def test_the_command_starts_fast_and_light() -> None:
