@@ -118,6 +118,7 @@ class Follower:
         self._metrics.up_to_date = self._record.settled(artifact) and self._record.outcome == "installed"
         if self._record.settled(artifact):
             self._phase = self._record.outcome
+            self._forget_work()  # power may have gone before it was deleted
             return self._next_look_s()
         if self._fetched is None or self._fetched.artifact != artifact:
             self._fetched = self._fetch(repository, artifact)

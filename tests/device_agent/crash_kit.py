@@ -115,15 +115,25 @@ class CrashStates(NamedTuple):
 
 
 def crash_states(
-    monkeypatch: pytest.MonkeyPatch, state_dir: Path, make_change: Callable[[], Any]
+    monkeypatch: pytest.MonkeyPatch,
+    state_dir: Path,
+    make_change: Callable[[], Any],
+    beside: str = "temporary",
 ) -> CrashStates:
-    """Run a change once, and collect every disk that a power cut may leave of it."""
+    """Run a change once, and collect every disk that a power cut may leave of it.
+
+    Args:
+        monkeypatch: undone afterwards.
+        state_dir: the device's.
+        make_change: the change.
+        beside: a directory whose files make no state of their own; what lies there when is left to chance.
+    """
     disk = CrashDisk(state_dir)
     states: List[Contents] = []
     with monkeypatch.context() as patch:
         on_primitive(patch, disk.around(lambda: states.extend(disk.states())))
         make_change()
-    return CrashStates(unique(states), unique(list(disk.states())))
+    return CrashStates(unique(states, beside), unique(list(disk.states()), beside))
 
 
 def states_without(
@@ -142,11 +152,11 @@ def states_without(
     return unique(list(disk.states()))
 
 
-def unique(states: List[Contents]) -> List[Contents]:
-    """Drop repeated states; content below ``temporary`` is deleted at the start and makes no difference."""
+def unique(states: List[Contents], beside: str = "temporary") -> List[Contents]:
+    """Drop repeated states; files below ``temporary`` are deleted at the start and make no difference."""
     kept: Dict[Any, Contents] = {}
     for state in states:
-        lasting = {k: v for k, v in state.items() if v is None or not k.startswith("temporary/")}
+        lasting = {k: v for k, v in state.items() if not k.startswith(("temporary/", f"{beside}/"))}
         kept[frozenset(lasting.items())] = state
     return list(kept.values())
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional
 
 import numpy as np
 import pytest
@@ -22,23 +22,14 @@ from agent_testing import AgentProcess, linear_bundle
 from control_kit import RunningControl
 from device_agent import archive
 from device_agent.errors import BadInput
-from device_agent.manifest import Manifest
 from device_agent.transfer import chunking, offer, payload
 from storage_kit import make_bundle, make_key, sign_bundle, signed_bundle
+from transfer_kit import cut, missing_data
 
 
 def weights(seed: int, size: int = 400_000) -> bytes:
     """Bytes that do not repeat."""
     return np.random.default_rng(seed).bytes(size)
-
-
-def cut(directory: Path, listed: Manifest) -> Tuple[offer.ChunkedFile, ...]:
-    """Cut the files of a directory as a manifest lists them."""
-    averages = [(entry, chunking.average_for(entry.size_bytes)) for entry in listed.files]
-    return tuple(
-        offer.ChunkedFile(entry.path, average, tuple(offer.chunks_of(directory / entry.path, average)))
-        for entry, average in averages
-    )
 
 
 class Client:
@@ -83,15 +74,6 @@ class Client:
     def install(self) -> Dict[str, Any]:
         """Have what was offered installed."""
         return self.ask({"op": "install", "offered": True, "activate": True})
-
-
-def missing_data(bundle: Path, missing: List[List[int]]) -> bytes:
-    """The bytes of the chunks that a device asked for."""
-    chunks = []
-    for file in cut(bundle, archive.read_head(bundle).manifest):
-        data = (bundle / file.path).read_bytes()
-        chunks += [data[chunk.offset : chunk.offset + chunk.length_bytes] for chunk in file.chunks]
-    return b"".join(chunks[i] for first, count in missing for i in range(first, first + count))
 
 
 def deploy(path: Path, bundle: Path) -> int:
