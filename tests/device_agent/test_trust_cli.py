@@ -67,14 +67,14 @@ def test_another_file_is_no_rotation(tmp_path: Path, run: Run, content: Any, wha
     assert what in err[0]
 
 
-def test_a_downgrade_has_its_own_exit_code_and_its_override(tmp_path: Path, run: Run) -> None:
-    """6, in three lines that name the way out; with --allow-downgrade the old version serves."""
+def test_a_downgrade_is_a_refusal_that_names_its_override(tmp_path: Path, run: Run) -> None:
+    """Exit code 5, in three lines that name the way out; with --allow-downgrade the old version serves."""
     key = make_key(tmp_path / "keys")
     old = _signed(tmp_path / "1", key, 1)
     _signed(tmp_path / "2", key, 2)
     assert run("install", str(tmp_path / "2"))[0] == 0
     code, out, err = run("install", str(tmp_path / "1"))
-    assert (code, out) == (6, [])
+    assert (code, out) == (5, [])
     assert err[-3:][0].startswith("version 1 of 'model' is older")
     assert "--allow-downgrade" in err[-1]
     assert run("install", str(tmp_path / "1"), "--allow-downgrade")[0] == 0
