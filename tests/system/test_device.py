@@ -92,6 +92,27 @@ def test_a_bad_version_is_rolled_back_and_the_reason_kept(
     assert device.status()["active"] != bad.digest
 
 
+def test_a_crashing_version_is_rolled_back(device: Device, release: Release) -> None:
+    """A version whose engine's process keeps dying on probation ends in exit 5, and the old one serves."""
+    isolated = "[models.scale]\nisolate = true\n"
+    device.configure(CONFIG.replace("1.0", "20.0") + isolated)
+    assert factor_of(device) == 2.0
+    device.put(release.good(7.0).archive, "/srv/crashing.edgekit")
+    device.run(
+        "(edgekit-agent install /srv/crashing.edgekit > /srv/out 2>&1; echo $? > /srv/code) >/dev/null 2>&1 &"
+    )
+    deadline_s = time.monotonic() + 60
+    while not device.path("/srv/code").exists() or not device.path("/srv/code").read_text():
+        assert time.monotonic() < deadline_s, device.path("/srv/out").read_text()
+        if "switched" in device.path("/srv/out").read_text():
+            device.run(f"pkill -KILL -P {device.agent_pid()}", check=False)
+        time.sleep(0.2)
+    assert device.path("/srv/code").read_text().strip() == "5", device.path("/srv/out").read_text()
+    assert "process" in device.status()["last_operation"]["failure"]["why"]
+    device.configure(CONFIG)
+    assert factor_of(device) == 2.0
+
+
 def test_a_reboot_in_probation_costs_neither_version(device: Device, release: Release) -> None:
     """After a reboot in the middle of a probation the device serves one of the two and ends it."""
     good = release.good(3.0)
