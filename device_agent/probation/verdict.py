@@ -24,8 +24,8 @@ CONFIRMING_RUNS = 20
 
 _CHANCE = 1e-3
 _FEWEST_RUNS = 3  # that can raise a doubt
-# What an engine took in its warm-up says little of the first row after a pause, to which caches are cold.
-_UNPAIRED_SLACK_S = 1e-3
+# What two runs of the same version may differ by, as caches are cold after a pause; nobody notices so little.
+_SLACK_S = 1e-3
 _FEWEST_FOR_QUANTILE = 50
 _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 _PARTS = 4  # of a probation, to tell growth that goes on from growth that has ended
@@ -174,7 +174,7 @@ def _slower(pairs_s: Sequence[Tuple[float, float]], settings: ProbationSettings)
     if len(pairs_s) < min(CONFIRMING_RUNS, settings.min_requests):
         return None
     old_s, new_s = (median(times) for times in zip(*pairs_s))
-    if new_s <= settings.max_latency_ratio * (old_s + _UNPAIRED_SLACK_S):
+    if new_s <= settings.max_latency_ratio * (old_s + _SLACK_S):
         return None
     return (
         f"the same requests take the engine {new_s * 1e3:.3g} ms, {new_s / old_s:.1f} times the old "
@@ -231,10 +231,11 @@ def _slow(
 def _ratio(evidence: Evidence, reference: Reference) -> float:
     """How many times as long as in the old version a golden row takes; 0: there is none to compare with."""
     if evidence.old_run_s:
-        return median(evidence.run_s) / median(evidence.old_run_s)
+        own_s, old_s = median(evidence.run_s), median(evidence.old_run_s)
+        return own_s / old_s if own_s - old_s > _SLACK_S else min(own_s / old_s, 1.0)
     if reference.run_s is None or not evidence.run_s:
         return 0.0
-    return median(evidence.run_s) / (reference.run_s + _UNPAIRED_SLACK_S)
+    return median(evidence.run_s) / (reference.run_s + _SLACK_S)
 
 
 def _bound(reference: Reference, contract: Contract, settings: ProbationSettings) -> Optional[_Bound]:

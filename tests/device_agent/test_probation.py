@@ -92,6 +92,9 @@ VERDICTS: Dict[str, Tuple[Evidence, Reference, Contract, str]] = {
     "a cold engine beside one that was warm": (
         Evidence(total_s=[1e-4] * 20, run_s=[5e-5] * 20), Reference(run_s=1e-5), NO_CONTRACT, "",
     ),
+    "two runs of microseconds that differ by chance": (
+        Evidence([1e-3] * 20, run_s=[1.1e-4] * 20, old_run_s=[5e-5] * 20), Reference(), NO_CONTRACT, "",
+    ),
     "requests turned away": (
         replace(GOOD, total_s=[0.004] * 80 + [math.inf] * 20, run_s=[0.007] * 20), OLD, NO_CONTRACT, "20 of",
     ),
@@ -252,7 +255,7 @@ def test_a_slow_version_is_rolled_back(
         clients = traffic(agent)
         while len(clients.outcomes) < 100:
             time.sleep(0.01)
-    new = write_bundle(tmp_path / "2", heavy(1), GOLDEN, tolerance=1e-2, version=2)
+    new = write_bundle(tmp_path / "2", heavy(1, layers=30), GOLDEN, tolerance=1e-2, version=2)
     with pytest.raises(AgentError, match="did not hold in its probation") as refused:
         _install(agent, new)
     assert refused.value.exit_code == 5

@@ -102,9 +102,10 @@ def test_a_crashing_version_is_rolled_back(device: Device, release: Release) -> 
         "(edgekit-agent install /srv/crashing.edgekit > /srv/out 2>&1; echo $? > /srv/code) >/dev/null 2>&1 &"
     )
     deadline_s = time.monotonic() + 60
-    while not device.path("/srv/code").exists() or not device.path("/srv/code").read_text():
-        assert time.monotonic() < deadline_s, device.path("/srv/out").read_text()
-        if "switched" in device.path("/srv/out").read_text():
+    while not device.run("cat /srv/code", check=False).stdout.strip():
+        said = device.run("cat /srv/out", check=False).stdout
+        assert time.monotonic() < deadline_s, said
+        if "probation" in said:
             device.run(f"pkill -KILL -P {device.agent_pid()}", check=False)
         time.sleep(0.2)
     assert device.path("/srv/code").read_text().strip() == "5", device.path("/srv/out").read_text()
