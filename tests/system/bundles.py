@@ -43,6 +43,10 @@ class Release:
         contract = Contract(latency_quantile="p99", latency_ms=latency_ms, met=True)
         return self._make(_slow_scale(factor), factor, 1, contract)
 
+    def leaking(self, factor: float) -> bundle.Bundle:
+        """A bundle whose memory grows with the largest value that it was ever sent, and never shrinks."""
+        return self._make(_leaking_scale(factor), factor, 1)
+
     def _make(
         self, model: onnx.ModelProto, factor: float, version: int, contract: Contract | None = None
     ) -> bundle.Bundle:
@@ -99,6 +103,22 @@ def _slow_scale(factor: float) -> onnx.ModelProto:
     zeros = helper.make_node("ConstantOfShape", ["side"], ["zeros"])
     constant = helper.make_tensor("k", TensorProto.FLOAT, [1], [factor])
     return _model([zeros, *nodes], [constant, shape])
+
+
+def _leaking_scale(factor: float) -> onnx.ModelProto:
+    """The same answers, beside as many zeros as the largest input says; ONNX Runtime keeps their memory."""
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
+        helper.make_node("Cast", ["largest"], ["count"], to=TensorProto.INT64),
+        helper.make_node("Reshape", ["count", "one"], ["size"]),
+        helper.make_node("ConstantOfShape", ["size"], ["zeros"]),
+        helper.make_node("ReduceSum", ["zeros"], ["nothing"], keepdims=0),
+        helper.make_node("Mul", ["x", "k"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "nothing"], ["y"]),
+    ]
+    one = helper.make_tensor("one", TensorProto.INT64, [1], [1])
+    constant = helper.make_tensor("k", TensorProto.FLOAT, [1], [factor])
+    return _model(nodes, [constant, one])
 
 
 def _model(nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto]) -> onnx.ModelProto:

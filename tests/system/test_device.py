@@ -114,6 +114,27 @@ def test_a_crashing_version_is_rolled_back(device: Device, release: Release) -> 
     assert factor_of(device) == 2.0
 
 
+def test_a_leaking_version_is_rolled_back(device: Device, release: Release) -> None:
+    """A version whose memory grows on and on while clients use it ends in exit 5, and the old one serves."""
+    device.configure(CONFIG.replace("1.0", "8.0") + f"max_memory_growth_bytes = {16 * 1024 * 1024}\n")
+    assert factor_of(device) == 2.0
+    device.run("rm -f /srv/code /srv/out")
+    device.put(release.leaking(8.0).archive, "/srv/leaking.edgekit")
+    device.run(
+        "(edgekit-agent install /srv/leaking.edgekit > /srv/out 2>&1; echo $? > /srv/code) >/dev/null 2>&1 &"
+    )
+    elements = 1_000_000
+    deadline_s = time.monotonic() + 60
+    while not device.run("cat /srv/code", check=False).stdout.strip():
+        assert time.monotonic() < deadline_s
+        elements += 2_000_000
+        device.infer(MODEL, request(float(min(elements, 100_000_000))))
+    assert device.path("/srv/code").read_text().strip() == "5", device.path("/srv/out").read_text()
+    assert "its process grew" in device.status()["last_operation"]["failure"]["why"]
+    device.configure(CONFIG)
+    assert factor_of(device) == 2.0
+
+
 def test_a_reboot_in_probation_costs_neither_version(device: Device, release: Release) -> None:
     """After a reboot in the middle of a probation the device serves one of the two and ends it."""
     good = release.good(3.0)
