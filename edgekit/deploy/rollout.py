@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from edgekit.deploy import remote, waves
@@ -122,20 +125,24 @@ class _Rollout:
 
     def wave(self, devices: tuple[Device, ...]) -> bool:
         """Update the devices of one wave; return whether the next may begin."""
-        with ThreadPoolExecutor(self._plan.parallel, thread_name_prefix="deploy") as pool:
+        with (
+            ThreadPoolExecutor(self._plan.parallel, thread_name_prefix="deploy") as pool,
+            _first_interrupt(self._cancel),
+        ):
             running = {pool.submit(self._turn, device) for device in devices}
-            while running:
-                try:
+            try:
+                while running:
                     done, running = wait(running, _LOOK_EVERY_S)
                     for future in done:
                         future.result()
-                except KeyboardInterrupt:
-                    if self.interrupted:
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        raise
-                    self._cancelled.set()
-                    self._progress("interrupted: waiting for the devices that are being updated")
+            except KeyboardInterrupt:  # the second one
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         return not self.interrupted and not self._too_many()
+
+    def _cancel(self) -> None:
+        self._cancelled.set()
+        self._progress("interrupted: waiting for the devices that are being updated")
 
     def _turn(self, device: Device) -> None:
         before = self._record.of(device)
@@ -173,3 +180,24 @@ class _Rollout:
     def _too_many(self) -> bool:
         with self._lock:
             return self._failures > self._plan.max_failures
+
+
+@contextmanager
+def _first_interrupt(told: Callable[[], None]) -> Iterator[None]:
+    """Be told of the first Ctrl-C in a ``with`` block, wherever it comes; the second one raises.
+
+    Only the main thread hears of signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        told()
+
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
