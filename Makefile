@@ -38,7 +38,7 @@ demo: setup
 # The agent's tests run in environments of its own only, one of them with the host's Python.
 test: setup lint
 	$(BIN)/pytest -q --ignore=tests/device_agent --ignore=tests/system
-	$(MAKE) --no-print-directory test-agent AGENT_PYTHONS="3.8 3.11"
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-agent-3.8 test-agent-3.11
 
 lint: setup
 	$(BIN)/ruff check .
@@ -48,6 +48,9 @@ lint: setup
 
 test-agent:
 	bash tests/device_agent/run.sh $(AGENT_PYTHONS)
+
+test-agent-%:
+	bash tests/device_agent/run.sh $*
 
 # Boots real devices; needs root, debootstrap, systemd-container and, for aarch64, qemu-user-static.
 test-system: setup
