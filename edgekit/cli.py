@@ -6,22 +6,15 @@ commands, so that ``edgekit --help`` answers at once.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edgekit import __version__, interrupt
-from edgekit.errors import ContractUnmet, DeviceRefused, EdgekitError
-
-_INTERRUPTED = 130
-
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document on standard output."
-)
-path_argument = click.Path(path_type=Path)
+from edgekit import __version__, device_commands, interrupt
+from edgekit.console import INTERRUPTED, json_option, path_argument, print_error, print_json
+from edgekit.errors import ContractUnmet, EdgekitError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,7 +35,7 @@ def main() -> None:
     except EdgekitError as error:
         if debug:
             raise
-        _print_error(error.what, error.why, error.fix)
+        print_error(error.what, error.why, error.fix)
         sys.exit(error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -51,12 +44,12 @@ def main() -> None:
         _print_usage_error(error)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        _print_error("interrupted", "Ctrl-C", "run the same command again: finished stages are reused")
-        sys.exit(_INTERRUPTED)
+        print_error("interrupted", "Ctrl-C", "run the same command again: finished stages are reused")
+        sys.exit(INTERRUPTED)
     except Exception as error:  # a mistake of ours, or trouble of the machine's
         if debug:
             raise
-        _print_error(
+        print_error(
             f"unexpected {type(error).__name__}",
             str(error) or "it has no message",
             "run it again as `edgekit --debug ...`, and report what that shows",
@@ -73,18 +66,9 @@ def _run() -> Any:
         raise
 
 
-def _print_error(what: str, why: str, fix: str) -> None:
-    lines = (" ".join(text.split()) for text in (what, why, fix))  # a library's message may have several
-    click.echo("error: {}\n  why: {}\n  fix: {}".format(*lines), err=True)
-
-
 def _print_usage_error(error: click.ClickException) -> None:
     path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "edgekit"
-    _print_error("bad usage", error.format_message(), f"`{path} --help` lists the options")
-
-
-def _print_json(document: Any) -> None:
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    print_error("bad usage", error.format_message(), f"`{path} --help` lists the options")
 
 
 @cli.command()
@@ -163,7 +147,7 @@ def _run_with_progress(prepared: Any, workdir: Path) -> Any:
 
 def _print_plan(steps: list[Any], as_json: bool) -> int:
     if as_json:
-        _print_json([{"name": step.name, "key": step.key, "cached": step.cached} for step in steps])
+        print_json([{"name": step.name, "key": step.key, "cached": step.cached} for step in steps])
     else:
         for step in steps:
             click.echo(f"{step.name:<18} {'reused' if step.cached else 'to do':<7} {step.key[:12]}")
@@ -190,7 +174,7 @@ def _exit_code(report: Any) -> int:
         "; ".join(report.contract.why.values()),
         "the best candidate was written; loosen the contract, or give more data for recovery (--train)",
     )
-    _print_error(unmet.what, unmet.why, unmet.fix)
+    print_error(unmet.what, unmet.why, unmet.fix)
     return unmet.exit_code
 
 
@@ -207,7 +191,7 @@ def profiles_list(as_json: bool) -> None:
 
     loaded = [profile.load(name) for name in profile.names()]
     if as_json:
-        _print_json([{"name": entry.name, "description": entry.description} for entry in loaded])
+        print_json([{"name": entry.name, "description": entry.description} for entry in loaded])
     else:
         for entry in loaded:
             click.echo(f"{entry.name:<22} {entry.description}")
@@ -222,7 +206,7 @@ def profiles_show(name: str, as_json: bool) -> None:
 
     loaded = profile.load(name)
     if as_json:
-        _print_json({**loaded.model_dump(mode="json"), "digest": profile.digest(loaded)})
+        print_json({**loaded.model_dump(mode="json"), "digest": profile.digest(loaded)})
     else:
         click.echo(profile.to_toml(loaded), nl=False)
 
@@ -236,7 +220,7 @@ def profiles_validate(file: Path, as_json: bool) -> None:
 
     loaded = profile.validate(file)
     if as_json:
-        _print_json({"name": loaded.name, "digest": profile.digest(loaded), "valid": True})
+        print_json({"name": loaded.name, "digest": profile.digest(loaded), "valid": True})
     else:
         click.echo(f"{file}: a valid profile, {loaded.name}")
 
@@ -259,7 +243,7 @@ def inspect(bundle_path: Path, as_json: bool) -> None:
 
     described = bundle.inspect(bundle_path)
     if as_json:
-        _print_json(described)
+        print_json(described)
         return
     for key in (
         "name",
@@ -323,63 +307,6 @@ def rotate_key(out: Path, old: Path, new: Path, retire: bool, serial: int | None
     click.echo(f"{out}: serial {rotated.serial}, names the key {rotated.added.fingerprint[:16]}")
 
 
-ca_file_option = click.option(
-    "--ca-file", type=path_argument, help="PEM certificates of the authorities to trust."
-)
-plain_http_option = click.option(
-    "--plain-http", is_flag=True, help="Without TLS, beyond loopback too; credentials are not sent so."
-)
-
-
-@cli.command()
-@click.argument("bundle_path", metavar="BUNDLE", type=path_argument)
-@click.argument("reference", metavar="oci://HOST/NAME:TAG")
-@ca_file_option
-@plain_http_option
-@json_option
-def push(bundle_path: Path, reference: str, ca_file: Path | None, plain_http: bool, as_json: bool) -> None:
-    """Push a bundle to an OCI registry; files that are there already are not sent."""
-    from dataclasses import asdict
-
-    from device_agent.oci.transport import Security
-    from edgekit import registry
-
-    pushed = registry.push(bundle_path, reference, Security(str(ca_file or ""), plain_http), _print_transfer)
-    if as_json:
-        _print_json(asdict(pushed))
-    else:
-        click.echo(pushed.reference)
-    if not pushed.signed:
-        click.echo("  not signed: devices refuse it unless they allow that; see `edgekit sign`", err=True)
-
-
-def _print_transfer(path: str, size_bytes: int, sent: bool) -> None:
-    click.echo(f"  {'sent' if sent else 'there':<6} {size_bytes:>12} {path}", err=True)
-
-
-@cli.command()
-@click.argument("reference", metavar="oci://HOST/NAME:TAG")
-@click.argument("directory", metavar="DIR", type=path_argument)
-@click.option("--key", type=path_argument, help="A public key that must have signed it, NAME.pub.")
-@ca_file_option
-@plain_http_option
-@json_option
-def pull(
-    reference: str, directory: Path, key: Path | None, ca_file: Path | None, plain_http: bool, as_json: bool
-) -> None:
-    """Pull a bundle from an OCI registry into DIR/NAME; an interrupted pull goes on where it ended."""
-    from dataclasses import asdict
-
-    from device_agent.oci.transport import Security
-    from edgekit import registry
-
-    pulled = registry.pull(reference, directory, Security(str(ca_file or ""), plain_http), key)
-    if as_json:
-        _print_json({**asdict(pulled), "directory": str(pulled.directory)})
-    else:
-        click.echo(f"{pulled.directory}: {pulled.digest[:12]} from {pulled.reference}")
-
-
 @cli.command("export-triton")
 @click.argument("bundle_path", metavar="BUNDLE", type=path_argument)
 @click.argument("repository", metavar="DIR", type=path_argument)
@@ -393,184 +320,9 @@ def export_triton(bundle_path: Path, repository: Path, labels: str | None, as_js
 
     exported = exporter.export(bundle_path, repository, labels)
     if as_json:
-        _print_json({**asdict(exported), "directory": str(exported.directory)})
+        print_json({**asdict(exported), "directory": str(exported.directory)})
     else:
         click.echo(f"{exported.directory / str(exported.version)}: {exported.name} {exported.digest[:12]}")
-
-
-inventory_option = click.option(
-    "--inventory", type=path_argument, help="The fleet: TOML, or an Ansible inventory in INI form."
-)
-group_option = click.option("--group", help="Only this group, or this device, of the inventory.")
-parallel_option = click.option(
-    "--parallel", type=click.IntRange(1, 256), default=8, show_default=True, help="Devices at the same time."
-)
-ssh_config_option = click.option(
-    "--ssh-config", type=path_argument, help="In the place of the ssh configuration of this user."
-)
-
-
-@cli.command()
-@click.argument("bundle_path", metavar="BUNDLE", type=path_argument)
-@click.option(
-    "--to",
-    "addresses",
-    multiple=True,
-    metavar="ADDRESS",
-    help="ssh://[user@]host[:port], several times; local (the default); or unix:///path/control.sock.",
-)
-@inventory_option
-@group_option
-@click.option("--waves", default="100%", show_default=True, help="How far to go at each step: 1,10%,100%.")
-@click.option(
-    "--max-failures",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Begin no device more once more than so many failed.",
-)
-@parallel_option
-@click.option("--retry-failed", is_flag=True, help="Try devices again that failed in an earlier run.")
-@click.option("--record", type=path_argument, help="The rollout's record; default under .edgekit/rollouts.")
-@ssh_config_option
-@json_option
-def deploy(
-    bundle_path: Path,
-    addresses: tuple[str, ...],
-    inventory: Path | None,
-    group: str | None,
-    waves: str,
-    max_failures: int,
-    parallel: int,
-    retry_failed: bool,
-    record: Path | None,
-    ssh_config: Path | None,
-    as_json: bool,
-) -> int:
-    """Bring a bundle to devices; each goes on with what it served unless the bundle proves itself there."""
-    from dataclasses import asdict
-
-    from edgekit.deploy import job, rollout
-
-    request = job.Request(
-        bundle_path,
-        addresses,
-        inventory,
-        group,
-        waves,
-        max_failures,
-        parallel,
-        retry_failed,
-        record,
-        ssh_config,
-    )
-    result = job.deploy(request, lambda text: click.echo(f"  {text}", err=True))
-    if isinstance(result, rollout.Result):
-        return _print_rollout(result, as_json)
-    if as_json:
-        _print_json(asdict(result))
-    else:
-        click.echo(f"{result.name} {result.digest[:12]} serves at {result.address}")
-    return 0
-
-
-def _print_rollout(result: Any, as_json: bool) -> int:
-    if as_json:
-        _print_json(result.document())
-    else:
-        for name, outcome in result.devices.items():
-            click.echo(f"{name:<24} {outcome.state if outcome else 'not begun'}")
-    if result.interrupted:
-        _print_error("interrupted", "Ctrl-C", "run the same command again: it goes on from the record")
-        return _INTERRUPTED
-    if result.complete:
-        return 0
-    failed = [f"{o.device} ({o.state}: {o.what}: {o.why})" for o in result.failed]
-    _print_error(
-        f"the rollout stopped: {len(failed)} of {len(result.devices)} devices failed",
-        "; ".join(failed),
-        "correct the cause and run it again; --retry-failed tries those that refused the bundle",
-    )
-    return DeviceRefused.exit_code
-
-
-@cli.group()
-def fleet() -> None:
-    """Many devices."""
-
-
-@fleet.command("status")
-@click.option("--to", "addresses", multiple=True, metavar="ADDRESS", help="ssh://[user@]host[:port].")
-@inventory_option
-@group_option
-@parallel_option
-@ssh_config_option
-@json_option
-def fleet_status(
-    addresses: tuple[str, ...],
-    inventory: Path | None,
-    group: str | None,
-    parallel: int,
-    ssh_config: Path | None,
-    as_json: bool,
-) -> int:
-    """Show what every device serves; exit code 5 if one is out of reach or serves less than it should."""
-    from dataclasses import asdict
-
-    from edgekit.deploy import fleet as asking
-    from edgekit.deploy import job, ssh
-
-    devices = job.devices(addresses, inventory, group)
-    options = ssh.SshOptions(ssh_config, batch=ssh.batch_needed(len(devices)))
-    found = asking.status(devices, options, parallel)
-    if as_json:
-        _print_json({"devices": [asdict(device) for device in found]})
-    else:
-        for device in found:
-            _print_device(device)
-    return 0 if all(device.healthy for device in found) else DeviceRefused.exit_code
-
-
-def _print_device(device: Any) -> None:
-    if not device.reachable:
-        click.echo(f"{device.device:<24} unreachable: {device.error}")
-        return
-    click.echo(f"{device.device:<24} agent {device.agent} {device.architecture}")
-    for model in device.models:
-        digest = (model["digest"] or "-")[:12]
-        serving = "serves" if model["serving"] else "does not serve"
-        click.echo(f"  {model['name']} {model['version']} {digest} {serving}, last: {model['state']}")
-        if model["failure"]:
-            click.echo(f"    {model['failure']['what']}: {model['failure']['why']}")
-
-
-@cli.command()
-@click.option("--rootfs", required=True, type=path_argument, help="Root of a Debian or Ubuntu tree.")
-@click.option("--bundle", required=True, type=path_argument, help="What the device shall serve.")
-@click.option("--key", "keys", required=True, multiple=True, type=path_argument, help="A key to trust.")
-@click.option(
-    "--agent", type=path_argument, help="The agent's Debian package; without it, the fitting one in dist/."
-)
-@click.option(
-    "--config", type=path_argument, help="The agent's configuration; without it, the package's own."
-)
-@json_option
-def provision(
-    rootfs: Path, bundle: Path, keys: tuple[Path, ...], agent: Path | None, config: Path | None, as_json: bool
-) -> None:
-    """Put the agent, its keys and a bundle into a root file system before it is flashed."""
-    from dataclasses import asdict
-
-    from edgekit.deploy import provision as job
-
-    package = agent if agent is not None else job.find_package(Path("dist"), rootfs)
-    result = job.provision(
-        rootfs, bundle, keys, package, config, lambda step: click.echo(f"  {step}", err=True)
-    )
-    if as_json:
-        _print_json(asdict(result))
-    else:
-        click.echo(f"{result.rootfs} ({result.distribution}) comes up serving {result.model}")
 
 
 @cli.command()
@@ -592,12 +344,15 @@ def demo(seed: int, out: Path, as_json: bool) -> int:
             seed, out, progress, lambda text: console.print(f"  {text}", highlight=False)
         )
     if as_json:
-        _print_json({**report.model_dump(), "served": asdict(served)})
+        print_json({**report.model_dump(), "served": asdict(served)})
     else:
         _print_report(report, as_json=False)
         click.echo(served_line(served.requests, served.identical, served.p50_ms, served.p99_ms))
     return _exit_code(report)
 
+
+for command in device_commands.COMMANDS:
+    cli.add_command(command)
 
 if __name__ == "__main__":
     main()

@@ -69,7 +69,8 @@ class Access:
         self._seen = _stamps(settings)
         self._looked_s = time.monotonic()
         self.context = _context(settings)
-        self._pem = _read_pem(settings)
+        self._pair = _read_pair(settings)
+        self._client_ca = Path(settings.client_ca).read_bytes() if settings.client_ca else None
         self._tokens = _read_tokens(settings)
 
     @property
@@ -83,7 +84,7 @@ class Access:
         What is given was accepted by ``context`` before.
         """
         self.refresh()
-        return self._pem
+        return (*self._pair, self._client_ca)
 
     def refusal(self, authorization: Optional[bytes], client: str) -> Optional[Refusal]:
         """Why a request is not answered; None: it is.
@@ -118,12 +119,12 @@ class Access:
         try:
             tokens = _read_tokens(self._settings)
             _context(self._settings)  # a pair that does not fit must not replace the one that does
-            pem = _read_pem(self._settings)
+            pair = _read_pair(self._settings)
             self.context.load_cert_chain(self._settings.certificate, self._settings.key)
         except (BadInput, OSError, ssl.SSLError) as error:
             _log.error("new TLS files are not used: %s", str(error).replace("\n", ": "))
             return
-        self._tokens, self._pem = tokens, pem
+        self._tokens, self._pair = tokens, pair
         _log.info("new TLS files are used")
 
     def _knows(self, authorization: bytes) -> bool:
@@ -159,9 +160,8 @@ def _no_password() -> str:
     raise ssl.SSLError("the key is encrypted, and nobody is here to type its password")
 
 
-def _read_pem(settings: Tls) -> Tuple[bytes, bytes, Optional[bytes]]:
-    client_ca = Path(settings.client_ca).read_bytes() if settings.client_ca else None
-    return Path(settings.key).read_bytes(), Path(settings.certificate).read_bytes(), client_ca
+def _read_pair(settings: Tls) -> Tuple[bytes, bytes]:
+    return Path(settings.key).read_bytes(), Path(settings.certificate).read_bytes()
 
 
 def _read_tokens(settings: Tls) -> Tuple[bytes, ...]:
@@ -203,9 +203,9 @@ def _unreadable(path: Path, key: str, error: OSError) -> BadInput:
 
 
 def _stamps(settings: Tls) -> Dict[str, Optional[Tuple[int, int]]]:
-    """When each file changed last, and which one it is; None for one that cannot be seen."""
+    """When each file that may change did so last, and which one it is; None for one that cannot be seen."""
     stamps: Dict[str, Optional[Tuple[int, int]]] = {}
-    for path in (settings.certificate, settings.key, settings.client_ca, settings.token_file):
+    for path in (settings.certificate, settings.key, settings.token_file):
         if path:
             try:
                 seen = os.stat(path)

@@ -271,10 +271,6 @@ def test_models_are_the_same_every_time(tmp_path: Path) -> None:
 # Scenarios, against the agent
 
 
-@pytest.mark.skip(
-    reason="loses requests in some full runs and never alone, for a cause that is not found yet;"
-    " benchmarks/serving/run.py --only sigterm measures it"
-)
 def test_agent_ends_without_losing_a_request(bench: Bench) -> None:
     """SIGTERM under 16 clients: none lost, none failed, no process left, no new client taken."""
     result = sigterm(bench)

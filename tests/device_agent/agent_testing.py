@@ -186,6 +186,24 @@ def _entry(path: Path) -> FileEntry:
     return FileEntry(path.name, hashlib.sha256(data).hexdigest(), len(data))
 
 
+def picky() -> Any:
+    """``scores`` has the right values for golden inputs; for ``x`` of 5 and more, its Gather fails."""
+    table = numpy_helper.from_array(np.arange(32, dtype=np.float32).reshape(8, 4), "table")
+    zero = numpy_helper.from_array(np.zeros(1, np.int64), "zero")
+    return make_model(
+        [
+            helper.make_node("Gather", ["x", "zero"], ["first"], axis=1),
+            helper.make_node("Flatten", ["first"], ["flat"], axis=0),
+            helper.make_node("Cast", ["flat"], ["index"], to=7),
+            helper.make_node("Gather", ["table", "index"], ["rows"], axis=0),
+            helper.make_node("Squeeze", ["rows", "zero"], ["scores"]),
+        ],
+        [TensorSpec("x", "FP32", (-1, 8))],
+        [TensorSpec("scores", "FP32", (-1, 4))],
+        [table, zero],
+    )
+
+
 def linear_bundle(directory: Path, seed: int = 0, **changes: object) -> TestBundle:
     """A bundle of :func:`linear` with two golden rows."""
     rng = np.random.default_rng(1)

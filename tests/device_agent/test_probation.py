@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from agent_testing import AgentProcess, TestBundle, linear_bundle, make_model, write_bundle
+from agent_testing import AgentProcess, TestBundle, linear_bundle, make_model, picky, write_bundle
 from device_agent import engines
 from device_agent.config import Config
 from device_agent.errors import AgentError, Refused
@@ -278,24 +278,6 @@ def test_a_version_that_breaks_its_contract_is_rolled_back(
         _install(agent, new)
     status = _status(agent)
     assert (status["serving"], status["active"], status["versions"]) == (None, None, [])
-
-
-def picky() -> Any:
-    """``scores`` has the right values for golden inputs; for ``x`` of 5 and more, its Gather fails."""
-    table = numpy_helper.from_array(np.arange(32, dtype=np.float32).reshape(8, 4), "table")
-    zero = numpy_helper.from_array(np.zeros(1, np.int64), "zero")
-    return make_model(
-        [
-            helper.make_node("Gather", ["x", "zero"], ["first"], axis=1),
-            helper.make_node("Flatten", ["first"], ["flat"], axis=0),
-            helper.make_node("Cast", ["flat"], ["index"], to=7),
-            helper.make_node("Gather", ["table", "index"], ["rows"], axis=0),
-            helper.make_node("Squeeze", ["rows", "zero"], ["scores"]),
-        ],
-        [TensorSpec("x", "FP32", (-1, 8))],
-        [TensorSpec("scores", "FP32", (-1, 4))],
-        [table, zero],
-    )
 
 
 def test_a_version_that_fails_on_live_requests_is_rolled_back(

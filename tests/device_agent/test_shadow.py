@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis.extra import numpy as arrays
 from onnx import helper, numpy_helper
 
-from agent_testing import AgentProcess, TestBundle, linear_bundle, make_model, write_bundle
+from agent_testing import AgentProcess, TestBundle, linear_bundle, make_model, picky, write_bundle
 from device_agent import config
 from device_agent.batching.job import Job
 from device_agent.errors import AgentError, BadInput
@@ -309,24 +309,6 @@ def test_another_model_is_switched_to_and_its_difference_is_told(
     assert seen["largest_difference"] > 0.1
     assert seen["agreeing_fraction"] < 1
     assert re.search(r"\d+ requests and \d+ golden rows, 0 failed; .* 'scores' agrees in ", line(shadow))
-
-
-def picky() -> Any:
-    """Right for golden inputs; for ``x`` of 8 and more, its Gather fails."""
-    table = numpy_helper.from_array(np.arange(32, dtype=np.float32).reshape(8, 4), "table")
-    zero = numpy_helper.from_array(np.zeros(1, np.int64), "zero")
-    return make_model(
-        [
-            helper.make_node("Gather", ["x", "zero"], ["first"], axis=1),
-            helper.make_node("Flatten", ["first"], ["flat"], axis=0),
-            helper.make_node("Cast", ["flat"], ["index"], to=7),
-            helper.make_node("Gather", ["table", "index"], ["rows"], axis=0),
-            helper.make_node("Squeeze", ["rows", "zero"], ["scores"]),
-        ],
-        [TensorSpec("x", "FP32", (-1, 8))],
-        [TensorSpec("scores", "FP32", (-1, 4))],
-        [table, zero],
-    )
 
 
 def test_a_version_that_fails_on_live_requests_never_serves_one(

@@ -121,9 +121,10 @@ def test_a_watchdog_of_somebody_else_is_left_alone(variables: Dict[str, str]) ->
     assert ServiceManager.take(environment).watchdog_s is None
 
 
-def test_a_manager_that_is_gone_is_no_failure(tmp_path: Path) -> None:
+def test_a_manager_that_is_gone_is_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A message that cannot be delivered is logged; the agent goes on."""
     ServiceManager(str(tmp_path / "gone.sock")).ready()
+    assert "READY=1" in caplog.text
 
 
 # The watchdog
@@ -138,7 +139,7 @@ def test_the_agent_answers_its_watchdog(
     start_agent()
     manager.until("READY=1")
     for _ in range(3):
-        manager.until("WATCHDOG=1")
+        assert manager.until("WATCHDOG=1")[-1] == "WATCHDOG=1"
 
 
 def test_a_problem_silences_the_watchdog(manager: Manager) -> None:
