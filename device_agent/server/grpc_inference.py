@@ -21,7 +21,7 @@ from device_agent.server.grpc_protocol import (
     stream_error,
     stream_response,
 )
-from device_agent.server.grpc_status import CountError, abort, code_of
+from device_agent.server.grpc_status import CountError, abort, code_of, without_frames
 from device_agent.server.interface import InferRequest
 from device_agent.server.service import INTERNAL_ERROR, InferenceService, Protocols
 
@@ -55,7 +55,7 @@ class GrpcInference:
                 raise _stopping()
             return await self.submit(open_envelope(message), final=False)
         except ProtocolError as error:
-            failure = error
+            failure = without_frames(error)
         except Exception:
             _log.exception("an inference request failed")
             failure = ProtocolError(500, INTERNAL_ERROR)
@@ -148,7 +148,7 @@ class _Stream:
         try:
             await self._write()
         except ProtocolError as error:
-            failure = error
+            failure = without_frames(error)
         finally:
             self._reader.cancel()
             self._forget_unanswered()
@@ -190,7 +190,7 @@ class _Stream:
             request_id = envelope.id
             return stream_response(await self._inference.submit(envelope, final=True))
         except ProtocolError as error:
-            failure = error
+            failure = without_frames(error)
         except Exception:
             _log.exception("an inference request of a stream failed")
             failure = ProtocolError(500, INTERNAL_ERROR)

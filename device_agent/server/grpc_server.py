@@ -17,7 +17,7 @@ from device_agent.config import Address, Limits
 from device_agent.server.fields import ProtocolError
 from device_agent.server.grpc_inference import GrpcInference
 from device_agent.server.grpc_messages import SCHEMA
-from device_agent.server.grpc_status import CountError, abort
+from device_agent.server.grpc_status import CountError, abort, without_frames
 from device_agent.server.service import INTERNAL_ERROR, InferenceService
 from device_agent.server.wire import WireError
 
@@ -165,7 +165,7 @@ async def _answer(call: Call, count_error: CountError, message: bytes, context: 
     except WireError as error:
         failure = ProtocolError(400, f"the request is not a {request_kind}: {error}")
     except ProtocolError as error:
-        failure = error
+        failure = without_frames(error)
     except Exception:
         _log.exception("a %s failed", request_kind)
         failure = ProtocolError(500, INTERNAL_ERROR)

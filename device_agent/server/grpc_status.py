@@ -32,6 +32,15 @@ def code_of(error: ProtocolError) -> grpc.StatusCode:
     return _CODES.get(error.status, grpc.StatusCode.INTERNAL)
 
 
+def without_frames(error: ProtocolError) -> ProtocolError:
+    """An error to keep beyond its handler.
+
+    Its traceback knows the frames that it went through, and with them the request's memory. A frame that
+    keeps the error would keep itself, and a client's shared memory, until garbage is collected.
+    """
+    return error.with_traceback(None)
+
+
 async def abort(context: Any, error: ProtocolError, count_error: CountError) -> NoReturn:
     """End a call with an error; ``UNAVAILABLE`` says when to try again.
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import threading
 import time
+import weakref
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from device_agent.batching.batcher import (
     Job,
     QueueFull,
 )
+from device_agent.batching.execution import EngineThread
 from device_agent.batching.latency import LatencyModel
 from device_agent.batching.settings import Batching
 from device_agent.batching.share import EngineShare
@@ -452,3 +455,42 @@ def test_a_model_that_is_closed_leaves_its_place_to_others() -> None:
         return log
 
     assert asyncio.run(main()) == ["first", "last"]
+
+
+# Memory
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_memory_of_a_request_is_let_go_once_it_is_answered(fails: bool) -> None:
+    """The engine's thread holds nothing while it waits: a shared memory region ends with its last request."""
+
+    class Engine:
+        """Doubles what it is given, or fails."""
+
+        def run(self, inputs: Arrays) -> Arrays:
+            """One run."""
+            if fails:
+                raise EngineError("no")
+            return {"y": 2 * inputs["x"]}
+
+    async def scenario() -> bool:
+        loop = asyncio.get_running_loop()
+        answered = asyncio.Event()
+        thread = EngineThread(Engine(), loop, lambda batch: answered.set())  # type: ignore[arg-type]  # only run
+        inputs = np.ones((1, 4), np.float32)
+        seen = weakref.ref(inputs)
+        thread.run([Job({"x": inputs}, 1, (), lambda job: None)])
+        del inputs
+        await answered.wait()
+        for _ in range(200):  # the thread lets go after it has told the loop
+            if seen() is None:
+                break
+            await asyncio.sleep(0.01)
+        thread.stop()
+        return seen() is None
+
+    gc.disable()  # what only a collection would free is held for as long as a device is idle
+    try:
+        assert asyncio.run(scenario())
+    finally:
+        gc.enable()
