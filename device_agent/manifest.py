@@ -27,9 +27,8 @@ from device_agent.errors import ManifestError
 from device_agent.manifest_checks import problems
 from device_agent.manifest_form import malformed
 
-SCHEMA_VERSION = 3
-_COMPOSITION_SCHEMA = 2  # the first that knows compositions
-_RESOURCES_SCHEMA = 3  # the first that knows resources
+SCHEMA_VERSION = 4
+_SINCE = {"composition": 2, "resources": 3, "builds": 4}  # the first schema that knows a field
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "model.sig"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
@@ -75,6 +74,49 @@ class EngineEntry:
     path: str
     precision: str
     fingerprint: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShapeRange:
+    """The shapes of an input that an engine accepts, and the one that it is tuned for."""
+
+    least: Tuple[int, ...]
+    usual: Tuple[int, ...]
+    most: Tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EngineBuild:
+    """How a device builds an engine of its own, where none of ``engines`` fits it.
+
+    Attributes:
+        runtime: which runtime builds and loads it.
+        graph: path of the ONNX graph that it is built from.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        requires: what the device must be, by the keys of its fingerprint; a version may be given in part
+            (``8.5`` for 8.5.2.2).
+        shapes: for every input; empty where the graph's shapes are fixed.
+        workspace_bytes: the most that one layer may take for itself while it runs; 0: the runtime's limit.
+        calibration_cache: path of the scales of a graph without Q/DQ pairs; empty: there are none.
+        layer_precisions: path of a JSON object, from a node of the graph to the precision that it must have;
+            empty: there is none.
+        dla_core: the DLA to build for; None: the GPU.
+    """
+
+    runtime: str
+    graph: str
+    precision: str
+    requires: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, ShapeRange] = field(default_factory=dict)
+    workspace_bytes: int = 0
+    calibration_cache: str = ""
+    layer_precisions: str = ""
+    dla_core: Optional[int] = None
+
+    @property
+    def paths(self) -> Tuple[str, ...]:
+        """The files of the bundle that it reads."""
+        return tuple(filter(None, (self.graph, self.calibration_cache, self.layer_precisions)))
 
 
 @dataclass(frozen=True)
@@ -177,6 +219,7 @@ class Manifest:
         composition: the steps of a model that is made of several graphs, in any order; empty: it is
             ``graph`` alone.
         resources: cores and threads on the device that it was made for; None: the agent's own.
+        builds: engines that a device may build for itself, in order of preference.
     """
 
     schema: int
@@ -198,6 +241,7 @@ class Manifest:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     composition: Tuple[Step, ...] = ()
     resources: Optional[Resources] = None
+    builds: Tuple[EngineBuild, ...] = ()
 
 
 # Writing
@@ -207,19 +251,16 @@ def dumps(manifest: Manifest) -> bytes:
     """Serialize to the one canonical form: sorted keys, two spaces, UTF-8, a final newline."""
     _check(manifest)
     document = asdict(manifest)
-    if not manifest.composition:  # so that agents which know none can read what has none
-        del document["composition"]
-    if manifest.resources is None:
-        del document["resources"]
+    for name in _SINCE:  # so that agents which do not know a field can read what does not use it
+        if not getattr(manifest, name):
+            del document[name]
     text = json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode()
 
 
 def schema_of(manifest: Manifest) -> int:
     """The oldest schema that holds all of a manifest: the one to write, so that older agents can read it."""
-    if manifest.resources is not None:
-        return _RESOURCES_SCHEMA
-    return _COMPOSITION_SCHEMA if manifest.composition else 1
+    return max((schema for name, schema in _SINCE.items() if getattr(manifest, name)), default=1)
 
 
 def digest(manifest_bytes: bytes) -> str:
@@ -311,8 +352,8 @@ def _check_schema(schema: Any) -> None:
 
 def _check(manifest: Manifest) -> None:
     """Check what types cannot say."""
-    if manifest.schema < schema_of(manifest):
-        newest = "resources" if manifest.resources is not None else "composition"
-        raise malformed(f"schema {manifest.schema} has no '{newest}'")
+    for name, schema in _SINCE.items():
+        if getattr(manifest, name) and manifest.schema < schema:
+            raise malformed(f"schema {manifest.schema} has no '{name}'")
     for problem in problems(manifest, {MANIFEST_NAME, SIGNATURE_NAME}):
         raise malformed(problem)

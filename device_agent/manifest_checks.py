@@ -14,7 +14,7 @@ from device_agent.composition.plan import PlanError, order
 from device_agent.core_list import parse_cpus
 
 if TYPE_CHECKING:
-    from device_agent.manifest import Manifest, Resources
+    from device_agent.manifest import EngineBuild, Manifest, Resources
 
 MAX_FILES = 4096
 #: Tensor types of the Open Inference Protocol v2, section "Tensor Data Types".
@@ -39,6 +39,8 @@ def problems(manifest: Manifest, reserved: Set[str]) -> Iterator[str]:
             yield why
     if manifest.resources is not None:
         yield from _resource_problems(manifest.resources)
+    for build in manifest.builds:
+        yield from _build_problems(build, manifest)
     if manifest.composition:
         try:
             order(
@@ -59,6 +61,20 @@ def _resource_problems(resources: Resources) -> Iterator[str]:
         parse_cpus(resources.cpus)
     except ValueError as error:
         yield f"resources.cpus: {error}"
+
+
+def _build_problems(build: EngineBuild, manifest: Manifest) -> Iterator[str]:
+    if build.runtime not in RUNTIMES or build.precision not in PRECISIONS:
+        yield "an engine to build has an unknown runtime or precision"
+    if not set(build.paths) <= {entry.path for entry in manifest.files}:
+        yield "a file of an engine to build is not among the files"
+    if build.workspace_bytes < 0 or (build.dla_core is not None and build.dla_core < 0):
+        yield "an engine to build has a negative workspace_bytes or dla_core"
+    for name, shapes in build.shapes.items():
+        sizes = list(zip(shapes.least, shapes.usual, shapes.most))
+        ranks = {len(shapes.least), len(shapes.usual), len(shapes.most)}
+        if len(ranks) != 1 or not all(0 < least <= usual <= most for least, usual, most in sizes):
+            yield f"an engine to build has impossible shapes for {name!r}"
 
 
 def safe_path(path: str) -> bool:

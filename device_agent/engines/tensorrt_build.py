@@ -6,7 +6,7 @@ What the releases do not share is asked of the module itself with ``hasattr``, n
 10.x still has and 11 and RTX have not.
 
 Nothing here imports TensorRT: the caller hands over the module, ``tensorrt`` or ``tensorrt_rtx``. The host
-builds ahead of time with this, the agent on the device. Standard library only; Python 3.8.
+builds ahead of time with this, the agent on the device. Python 3.8.
 """
 
 from __future__ import annotations
@@ -14,20 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from device_agent.manifest import ShapeRange
+
 Shape = Tuple[int, ...]
 
 
 class BuildError(Exception):
     """TensorRT cannot build this; the text is what it said."""
-
-
-@dataclass(frozen=True)
-class ShapeRange:
-    """The shapes of an input that an engine accepts, and the one that it is tuned for."""
-
-    least: Shape
-    usual: Shape
-    most: Shape
 
 
 @dataclass(frozen=True)

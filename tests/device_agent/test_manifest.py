@@ -130,6 +130,48 @@ def test_malformed_manifests_are_refused(change: Callable[[Dict[str, Any]], None
     assert reason in str(caught.value)
 
 
+_BUILD = {
+    "runtime": "tensorrt",
+    "graph": "model.onnx",
+    "precision": "fp16",
+    "requires": {"sm": "72", "tensorrt": "8.5"},
+    "shapes": {"x": {"least": [1, 3], "usual": [8, 3], "most": [32, 3]}},
+    "workspace_bytes": 1 << 30,
+    "calibration_cache": "",
+    "layer_precisions": "",
+    "dla_core": None,
+}
+
+
+def test_engines_to_build_travel_in_the_manifest() -> None:
+    """How a device builds an engine is read as it was written, and agents that know no builds refuse it."""
+    written = manifest.loads(_encode({**_raw(), "schema": 4, "builds": [_BUILD]}))
+    assert manifest.loads(manifest.dumps(written)) == written
+    assert manifest.schema_of(written) == 4
+    assert b"builds" not in manifest.dumps(manifest_for(FILES))
+    with pytest.raises(ManifestError, match="schema 3 has no 'builds'"):
+        manifest.loads(_encode({**_raw(), "schema": 3, "builds": [_BUILD]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"runtime": "tvm"}, "unknown runtime"),
+        ({"precision": "int4"}, "unknown runtime or precision"),
+        ({"calibration_cache": "../secret"}, "not among the files"),
+        ({"workspace_bytes": -1}, "negative"),
+        ({"dla_core": -1}, "negative"),
+        ({"shapes": {"x": {"least": [4, 3], "usual": [8, 3], "most": [2, 3]}}}, "impossible shapes"),
+        ({"shapes": {"x": {"least": [1], "usual": [8, 3], "most": [8, 3]}}}, "impossible shapes"),
+        ({"shapes": {"x": {"least": [0], "usual": [1], "most": [1]}}}, "impossible shapes"),
+    ],
+)
+def test_engines_to_build_that_mean_nothing_are_refused(change: Dict[str, Any], reason: str) -> None:
+    """A device is never asked to build what cannot be, or from files that the signature does not cover."""
+    with pytest.raises(ManifestError, match=reason):
+        manifest.loads(_encode({**_raw(), "schema": 4, "builds": [{**_BUILD, **change}]}))
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
