@@ -7,7 +7,8 @@
     to_toml(profile)           TOML that loads as an equal profile
     digest(profile)            its identity, independent of formatting and comments
 
-Every figure that decides something (a peak, a bandwidth, a power mode) names its source.
+Every figure that decides something (a peak, a bandwidth, a power mode) names its source. A file may start
+from a profile that ships (``extends = "jetson-agx-orin"``) and say only what differs, key by key.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from edgekit import plausibility, profile_files
 from edgekit.errors import BadInput, nearest
+from edgekit.profile_files import names as names
 from edgekit.toml_writer import toml_text
 
 if sys.version_info >= (3, 11):
@@ -32,9 +34,6 @@ else:
 
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-
-# A stated peak may lie below cores x clock x operations (boost clocks, power limits), hardly above it.
-_PLAUSIBLE_PEAK_FRACTION = (0.5, 1.05)
 
 
 def _specifier(text: str) -> str:
@@ -89,18 +88,53 @@ class Accelerator(_Strict):
 
 
 class Memory(_Strict):
-    """Main memory that the accelerator computes from."""
+    """Main memory that the accelerator computes from.
+
+    Attributes:
+        size_bytes, bandwidth_bytes_per_second: as the data sheet says.
+        bus_bits, megatransfers_per_second: width and rate of the bus; only the plausibility check reads them.
+        source: where the figures come from.
+    """
 
     size_bytes: PositiveInt
     bandwidth_bytes_per_second: Positive
+    bus_bits: PositiveInt | None = None
+    megatransfers_per_second: Positive | None = None
     source: Text
 
 
 class Runtime(_Strict):
-    """The runtime that serves on the device, and the versions of it that the profile stands for."""
+    """The runtime that serves on the device.
 
-    name: Literal["onnxruntime", "tensorrt"]
+    Attributes:
+        name: of the runtime.
+        versions: of it that the profile stands for.
+        provider: the execution provider, where ONNX Runtime does not run on the CPU.
+        cuda: version of CUDA on the device.
+        executed: what of edgekit ran on such a device; None: nothing did.
+    """
+
+    name: Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
     versions: Specifier
+    provider: Literal["cuda", "migraphx"] | None = None
+    cuda: Text | None = None
+    executed: Text | None = None
+
+
+class Dla(_Strict):
+    """Deep learning accelerators beside the GPU (NVDLA).
+
+    Attributes:
+        cores: how many TensorRT can use; 0: none, whatever the chip has.
+        generation: 1 on Xavier, 2 on Orin.
+        int8_ops_per_second: dense, of each.
+        source: where the figures come from.
+    """
+
+    cores: Annotated[int, Field(ge=0)]
+    generation: Literal[1, 2]
+    int8_ops_per_second: Positive
+    source: Text
 
 
 class PowerMode(_Strict):
@@ -139,6 +173,7 @@ class Profile(_Strict):
         alignment: channel counts that the kernels like are multiples of this, by precision.
         highest_opset: the newest ONNX opset that every version in ``runtime.versions`` reads.
         python: versions of Python on the device.
+        dla: if the device has any.
         power_modes: if the device has any.
         serving: threads and cores that bundles for it ask for; None: whatever the agent gives.
     """
@@ -154,6 +189,7 @@ class Profile(_Strict):
     memory: Memory
     alignment: dict[Precision, PositiveInt]
     peak: dict[Precision, Peak]
+    dla: Dla | None = None
     power_modes: Annotated[tuple[PowerMode, ...], Field(strict=False)] = ()
     serving: Serving | None = None
 
@@ -165,15 +201,9 @@ class Profile(_Strict):
             missing = [p for p in self.precisions if p not in getattr(self, table)]
             if missing:
                 raise ValueError(f"{table} says nothing about {missing[0]}, which precisions lists")
-        if self.runtime.name == "tensorrt" and self.accelerator.sm is None:
+        if self.runtime.name != "onnxruntime" and self.accelerator.sm is None:
             raise ValueError("a profile with TensorRT has to say accelerator.sm, which engines are built for")
         return self
-
-
-def names() -> list[str]:
-    """Names of the profiles that ship with edgekit, sorted."""
-    shipped = files("edgekit") / "profiles"
-    return sorted(entry.name[: -len(".toml")] for entry in shipped.iterdir() if entry.name.endswith(".toml"))
 
 
 def load(name_or_path: str | Path) -> Profile:
@@ -185,8 +215,7 @@ def load(name_or_path: str | Path) -> Profile:
     """
     name = str(name_or_path)
     if name in names():
-        resource = files("edgekit") / "profiles" / f"{name}.toml"
-        return _parse(resource.read_text(encoding="utf-8"), f"{name}.toml")
+        return _parse(profile_files.text(name), f"{name}.toml")
     path = Path(name_or_path)
     if path.suffix != ".toml" and not path.exists():
         raise BadInput(
@@ -209,22 +238,11 @@ def validate(path: str | Path) -> Profile:
     """Read a profile and check that its figures can be true.
 
     Raises:
-        BadInput: as ``load``, or a stated peak does not fit cores x clock x operations a cycle.
+        BadInput: as ``load``, or a stated peak does not fit cores x clock x operations a cycle, or the
+            bandwidth does not fit the bus.
     """
     profile = load(path)
-    chip = profile.accelerator
-    lowest, highest = _PLAUSIBLE_PEAK_FRACTION
-    for precision, peak in profile.peak.items():
-        if precision not in chip.ops_per_cycle:
-            continue
-        computed = chip.cores * chip.clock_mhz * 1e6 * chip.ops_per_cycle[precision]
-        if not lowest * computed <= peak.ops_per_second <= highest * computed:
-            raise BadInput(
-                f"the profile {path} is not plausible: peak.{precision}.ops_per_second",
-                f"it says {peak.ops_per_second:.3g}, but {chip.cores} cores x {chip.clock_mhz:g} MHz x "
-                f"{chip.ops_per_cycle[precision]:g} operations a cycle are {computed:.3g}",
-                "correct the peak, accelerator.cores, clock_mhz or ops_per_cycle",
-            )
+    plausibility.check(profile, path)
     return profile
 
 
@@ -248,7 +266,7 @@ def _parse(text: str, where: str) -> Profile:
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"the profile {where} is not TOML", str(error), "correct that line") from error
     try:
-        return Profile.model_validate(raw)
+        return Profile.model_validate(profile_files.extended(raw, where))
     except ValidationError as error:
         raise _explain(error, where) from error
 
@@ -288,6 +306,7 @@ _TABLES: dict[str, type[_Strict]] = {
     "accelerator": Accelerator,
     "runtime": Runtime,
     "memory": Memory,
+    "dla": Dla,
     "peak": Peak,
     "power_modes": PowerMode,
     "serving": Serving,

@@ -22,7 +22,7 @@ _counts = st.integers(min_value=1, max_value=2**40)
 def profiles(draw: st.DrawFn) -> profile.Profile:
     """Any valid profile."""
     precisions = draw(st.lists(st.sampled_from(PRECISIONS), min_size=1, unique=True))
-    runtime = draw(st.sampled_from(["onnxruntime", "tensorrt"]))
+    runtime = draw(st.sampled_from(["onnxruntime", "tensorrt", "tensorrt_rtx"]))
     return profile.Profile.model_validate(
         {
             "name": draw(st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)),
@@ -34,7 +34,7 @@ def profiles(draw: st.DrawFn) -> profile.Profile:
             "accelerator": {
                 "kind": draw(st.sampled_from(["cpu", "gpu"])),
                 "name": draw(_texts),
-                "sm": draw(_counts) if runtime == "tensorrt" else None,
+                "sm": None if runtime == "onnxruntime" else draw(_counts),
                 "cores": draw(_counts),
                 "clock_mhz": draw(_positive),
                 "ops_per_cycle": draw(st.dictionaries(st.sampled_from(PRECISIONS), _positive)),
@@ -83,11 +83,47 @@ def test_shipped_profiles_are_plausible_and_named_after_their_file(name: str) ->
 def test_the_promised_devices_ship() -> None:
     """The devices of the documentation are there, with the runtime that their JetPack brings."""
     assert set(profile.names()) >= {
-        "x86-cpu", "x86-cpu-avx2", "arm64-cpu", "jetson-agx-xavier", "jetson-agx-orin",
+        "jetson-nano", "jetson-tx2", "jetson-xavier-nx", "jetson-agx-xavier", "jetson-orin-nano",
+        "jetson-orin-nx", "jetson-agx-orin", "jetson-thor", "rtx-a2000", "rtx-4000-ada", "rtx-pro-blackwell",
+        "dgx-spark", "t4", "a100", "h100", "amd-mi300", "x86-cpu", "x86-cpu-avx2", "arm64-cpu",
+        "raspberry-pi-5",
     }  # fmt: skip
     xavier = profile.load("jetson-agx-xavier")
     assert (xavier.accelerator.sm, xavier.highest_opset, xavier.runtime.versions) == (72, 17, "==8.5.2.*")
     assert profile.load("jetson-agx-orin").accelerator.sm == 87
+    assert profile.load("amd-mi300").runtime.executed is None
+
+
+@pytest.mark.parametrize("base", ["jetson-agx-orin", "jetson-orin-nx", "jetson-orin-nano"])
+def test_a_jetpack_changes_the_runtime_and_nothing_of_the_chip(base: str) -> None:
+    """One module, four JetPacks: TensorRT, opset and Python differ; figures do not."""
+    variants = [profile.load(name) for name in (base, f"{base}-jp5", f"{base}-jp60", f"{base}-jp7")]
+    assert (
+        len({variant.model_dump_json(include={"accelerator", "peak", "memory"}) for variant in variants}) == 1
+    )
+    assert [variant.runtime.versions for variant in variants] == [
+        "==10.3.*", "==8.5.2.*", "==8.6.2.*", "==11.4.*",
+    ]  # fmt: skip
+
+
+def test_a_profile_of_ones_own_may_extend_one_that_ships(tmp_path: Path) -> None:
+    """Only what differs has to be said; everything else is the base's, table by table."""
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "jetson-orin-nx"\nname = "mine"\n[memory]\nsize_bytes = 8589934592\n')
+    mine, base = profile.load(path), profile.load("jetson-orin-nx")
+    assert (mine.name, mine.memory.size_bytes) == ("mine", 8 << 30)
+    assert mine.memory.bandwidth_bytes_per_second == base.memory.bandwidth_bytes_per_second
+    assert mine.dla == base.dla
+
+
+@pytest.mark.parametrize(
+    ("base", "fix"), [("jetson-orin-n", "jetson-orin-n"), ("raspberry-pi-5", "arm64-cpu")]
+)
+def test_only_a_whole_profile_that_ships_can_be_extended(tmp_path: Path, base: str, fix: str) -> None:
+    """A misspelt base gets a suggestion; a base that extends another one is refused, so there is no chain."""
+    lines = refused(tmp_path / "mine.toml", f'extends = "{base}"\nname = "mine"\n')
+    assert f"extends '{base}'" in lines[0]
+    assert fix in lines[2]
 
 
 @given(profiles())
@@ -189,6 +225,14 @@ def test_an_implausible_peak_is_refused_by_validate_only(tmp_path: Path) -> None
         profile.validate(path)
 
 
+def test_an_implausible_bandwidth_is_refused_by_validate(tmp_path: Path) -> None:
+    """``profiles validate`` also computes what the memory's bus can carry."""
+    path = tmp_path / "wide.toml"
+    path.write_text(exported("jetson-agx-orin").replace("= 204800000000.0", "= 408e9"), "utf-8")
+    with pytest.raises(BadInput, match="bandwidth_bytes_per_second"):
+        profile.validate(path)
+
+
 def test_an_unknown_name_suggests_the_nearest() -> None:
     """A misspelt ``--profile`` is answered with the name that was probably meant."""
     with pytest.raises(BadInput, match="did you mean 'jetson-agx-orin'"):
@@ -213,7 +257,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_the_documentation_names_every_key_and_profile() -> None:
     """docs/profiles.md, to which errors refer, leaves nothing out."""
     page = (Path(__file__).parents[2] / "docs" / "profiles.md").read_text(encoding="utf-8")
-    tables = {"accelerator": profile.Accelerator, "runtime": profile.Runtime, "memory": profile.Memory}
-    keys = [key for table in tables.values() for key in table.model_fields]
-    for key in [*profile.Profile.model_fields, *keys, *profile.names()]:
+    tables = (profile.Accelerator, profile.Runtime, profile.Memory, profile.Dla)
+    keys = [key for table in tables for key in table.model_fields]
+    for key in ["extends", *profile.Profile.model_fields, *keys, *profile.names()]:
         assert key in page
