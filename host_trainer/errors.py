@@ -1,4 +1,10 @@
-"""What stops a training run, in three short lines: what, why, what to do."""
+"""What stops a training run, in three short lines: what, why, what to do.
+
+TrainingError
+├── ConfigError    a key, a file or a sample is wrong
+├── MissingError   a GPU or a package is not on this machine
+└── Diverged       NaN, infinity or an explosion
+"""
 
 from __future__ import annotations
 
@@ -12,6 +18,9 @@ class TrainingError(Exception):
         fix: what to do about it.
     """
 
+    #: Of the command line: 2 for what the user gave, 4 for what the machine lacks.
+    exit_code = 2
+
     def __init__(self, what: str, why: str, fix: str) -> None:
         super().__init__(what, why, fix)
         self.what = what
@@ -20,3 +29,17 @@ class TrainingError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n{self.why}\n{self.fix}"
+
+
+class ConfigError(TrainingError):
+    """A key, a file or a sample is wrong."""
+
+
+class MissingError(TrainingError):
+    """A GPU or a package is not on this machine."""
+
+    exit_code = 4
+
+
+class Diverged(TrainingError):
+    """The loss or the gradient became NaN, infinite or far too large."""

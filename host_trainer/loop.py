@@ -1,26 +1,32 @@
 """The training loop: the only one in the house.
 
-It takes what varies (batches, a loss) as functions, so that training from labels, distillation and the
-recovery of a pruned model are the same loop. On one machine type with the same versions, the same seed
-gives the same weights, bit for bit.
+It takes what varies (batches, a loss, an engine) as arguments, so that training from labels, distillation and
+the recovery of a pruned model are the same loop. On one machine type with the same versions, the same seed
+gives the same weights, bit for bit. Nothing that it computes depends on the steps before except through the
+weights and the optimizer's state, so that a run goes on from any step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from host_trainer.errors import TrainingError
+from host_trainer.engine import Engine, Local
+from host_trainer.errors import Diverged, TrainingError
 
 Batch = Any
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 StepHook = Callable[[int, int, float], None]
+#: (epoch, first step) -> the micro-batches of each step from there on.
+MicroBatches = Callable[[int, int], Iterable[Sequence[Batch]]]
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,87 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did: optimizer steps taken, and the mean loss of each epoch."""
+    """What a run did: optimizer steps taken, and the mean loss of each epoch that it saw the whole of."""
 
     steps: int
     epoch_losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that a run needs.
+
+    Attributes:
+        model: its trainable parameters are those with ``requires_grad``.
+        optimizer: over those.
+        batches: called with an epoch and a step of it, gives each step's micro-batches of this process.
+        steps_per_epoch: how many steps an epoch has.
+        loss_function: takes the model and a micro-batch, gives a scalar to minimize.
+        settings: how to optimize.
+        engine: how a step is computed.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: MicroBatches
+    steps_per_epoch: int
+    loss_function: LossFunction
+    settings: TrainSettings
+    engine: Engine = field(default_factory=Local)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.settings.epochs * self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step whose gradient is known.
+
+    Attributes:
+        number: from 1.
+        total: steps of the whole run.
+        epoch: from 0.
+        losses: of each process, means over its micro-batches.
+        grad_norm: of the whole gradient, before clipping.
+        learning_rate: of this step.
+        waited_s: time that the batches took to come.
+        micro_batches: what this process computed it from.
+    """
+
+    number: int
+    total: int
+    epoch: int
+    losses: tuple[float, ...]
+    grad_norm: float
+    learning_rate: float
+    waited_s: float
+    micro_batches: Sequence[Batch]
+
+    @property
+    def loss(self) -> float:
+        """Mean over the processes."""
+        return math.fsum(self.losses) / len(self.losses)
+
+
+class Watcher:
+    """What looks at a run from outside. Each method may be left as it is: it does nothing."""
+
+    def begin(self, task: Task, step: int) -> None:
+        """The run begins, or goes on, after ``step`` steps."""
+
+    def before(self, number: int) -> None:
+        """Step ``number`` is about to be computed."""
+
+    def judge(self, step: Step) -> None:
+        """The gradient is there and the weights have not moved yet; raising keeps them."""
+
+    def after(self, step: Step) -> None:
+        """The weights have moved."""
+
+    def epoch_end(self, epoch: int, step: int) -> None:
+        """``epoch`` ended with ``step``; leave the model in training mode."""
 
 
 def fit(
@@ -60,7 +143,7 @@ def fit(
     settings: TrainSettings,
     on_step: StepHook | None = None,
 ) -> TrainResult:
-    """Train ``model`` in place and leave it in eval mode.
+    """Train ``model`` in place, in this process, with deterministic kernels, and leave it in eval mode.
 
     Args:
         model: its trainable parameters are those with ``requires_grad``.
@@ -71,42 +154,89 @@ def fit(
         on_step: called after every step with (steps done, steps in all, loss).
 
     Raises:
-        TrainingError: the loss became NaN or infinite, or an epoch gave no batch.
+        Diverged: the loss or the gradient became NaN or infinite.
+        TrainingError: an epoch gave fewer batches than it has steps.
     """
-    total_steps = settings.epochs * steps_per_epoch
-    if total_steps == 0:
-        model.eval()
-        return TrainResult(0, ())
-    optimizer = torch.optim.AdamW(_parameter_groups(model, settings.weight_decay), lr=settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: one_cycle(step, total_steps, settings.warmup_fraction)
-    )
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    step, epoch_losses = 0, []
+
+    def ones(epoch: int, first: int) -> Iterator[Sequence[Batch]]:
+        return ((batch,) for batch in islice(batches(epoch), first, None))
+
+    task = Task(model, adamw(model, settings), ones, steps_per_epoch, loss_function, settings)
     with deterministic(settings.seed):
-        for epoch in range(settings.epochs):
-            model.train()
-            losses = []
-            for batch in batches(epoch):
-                loss = loss_function(model, batch)
-                losses.append(_finite(loss, step))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-                nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-                optimizer.step()
-                schedule.step()
-                step += 1
-                if on_step is not None:
-                    on_step(step, total_steps, losses[-1])
-            if not losses:
-                raise TrainingError(
-                    f"epoch {epoch + 1} had no batch",
-                    "the training data is empty or smaller than one batch",
-                    "give more training data or a smaller batch_size",
-                )
+        return run(task, watchers=(_Hook(on_step),) if on_step is not None else ())
+
+
+def run(task: Task, start: int = 0, watchers: Sequence[Watcher] = ()) -> TrainResult:
+    """Take the steps after ``start`` up to the last; the model is left in eval mode.
+
+    Raises:
+        Diverged: the loss or the gradient became NaN or infinite, or a watcher's judgement.
+        TrainingError: an epoch gave fewer batches than it has steps.
+    """
+    first_epoch, skip = divmod(start, max(1, task.steps_per_epoch))
+    epoch_losses = []
+    for watcher in watchers:
+        watcher.begin(task, start)
+    for epoch in range(first_epoch, task.settings.epochs if task.steps_per_epoch else 0):
+        task.model.train()
+        losses = [step.loss for step in _epoch(task, epoch, skip, watchers)]
+        if not skip:
             epoch_losses.append(math.fsum(losses) / len(losses))
-    model.eval()
-    return TrainResult(step, tuple(epoch_losses))
+        skip = 0
+        for watcher in watchers:
+            watcher.epoch_end(epoch, (epoch + 1) * task.steps_per_epoch)
+    task.model.eval()
+    return TrainResult(max(start, task.total_steps), tuple(epoch_losses))
+
+
+def _epoch(task: Task, epoch: int, skip: int, watchers: Sequence[Watcher]) -> Iterator[Step]:
+    arriving = iter(task.batches(epoch, skip))
+    for position in range(skip, task.steps_per_epoch):
+        asked = time.perf_counter()
+        micro_batches = next(arriving, None)
+        waited_s = time.perf_counter() - asked
+        if micro_batches is None:
+            raise _too_few(epoch, position, task.steps_per_epoch)
+        number = epoch * task.steps_per_epoch + position + 1
+        for watcher in watchers:
+            watcher.before(number)
+        step = _gradient(task, number, epoch, micro_batches, waited_s)
+        for watcher in watchers:
+            watcher.judge(step)
+        if not task.engine.skips(step.grad_norm):
+            _check_finite(step)
+        task.engine.step(task.optimizer)
+        for watcher in watchers:
+            watcher.after(step)
+        yield step
+
+
+def _gradient(task: Task, number: int, epoch: int, micro_batches: Sequence[Batch], waited_s: float) -> Step:
+    settings, engine = task.settings, task.engine
+    learning_rate = settings.learning_rate * one_cycle(number - 1, task.total_steps, settings.warmup_fraction)
+    for group in task.optimizer.param_groups:
+        group["lr"] = learning_rate
+    _seed(step_seed(settings.seed, number, engine.rank))
+    task.optimizer.zero_grad(set_to_none=True)
+    losses = []
+    for index, batch in enumerate(micro_batches, 1):
+        with engine.micro_step(task.model, last=index == len(micro_batches)):
+            loss = task.loss_function(task.model, engine.place(batch)) / len(micro_batches)
+            engine.backward(loss)
+        losses.append(loss.detach())
+    norm = engine.clip([p for p in task.model.parameters() if p.requires_grad], settings.clip_norm)
+    # One transfer from the device; it waits for the gradient, which must be known before the weights move.
+    rows = engine.gather(torch.stack((torch.stack(losses).sum(), norm.to(losses[0])))).tolist()
+    return Step(
+        number=number,
+        total=task.total_steps,
+        epoch=epoch,
+        losses=tuple(row[0] for row in rows),
+        grad_norm=rows[0][1],
+        learning_rate=learning_rate,
+        waited_s=waited_s,
+        micro_batches=micro_batches,
+    )
 
 
 def one_cycle(step: int, total_steps: int, warmup_fraction: float) -> float:
@@ -118,6 +248,24 @@ def one_cycle(step: int, total_steps: int, warmup_fraction: float) -> float:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of a step in a process: a run that goes on from a step draws what it would have drawn."""
+    mixed = 0
+    for part in (seed, step, rank):  # SplitMix64 (Steele, Lea and Flood, 2014)
+        mixed = (mixed ^ part) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return mixed
+
+
+def _seed(seed: int) -> None:
+    """As ``torch.manual_seed``, which takes 50 times as long: it asks for every kind of device."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed(seed)
 
 
 @contextmanager
@@ -133,21 +281,44 @@ def deterministic(seed: int) -> Iterator[None]:
             torch.use_deterministic_algorithms(before)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Biases and norms are not decayed: shrinking them moves the function, not its capacity."""
+def adamw(model: nn.Module, settings: TrainSettings, fused: bool = False) -> torch.optim.AdamW:
+    """The optimizer; biases and norms are not decayed: that moves the function, not its capacity."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=fused or None)
 
 
-def _finite(loss: Tensor, step: int) -> float:
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise TrainingError(
-            f"the loss became {value} at step {step + 1}",
-            "training diverged, or the data holds NaN or infinity",
-            "lower learning_rate, or check the data",
+class _Hook(Watcher):
+    def __init__(self, on_step: StepHook) -> None:
+        self._on_step = on_step
+
+    def after(self, step: Step) -> None:
+        """Tell the hook."""
+        self._on_step(step.number, step.total, step.loss)
+
+
+def _check_finite(step: Step) -> None:
+    for name, value in (("loss", step.loss), ("gradient", step.grad_norm)):
+        if not math.isfinite(value):
+            raise Diverged(
+                f"the {name} became {value} at step {step.number}",
+                "training diverged, or the data holds NaN or infinity",
+                "lower learning_rate, or check the data",
+            )
+
+
+def _too_few(epoch: int, got: int, expected: int) -> TrainingError:
+    if not got:
+        return TrainingError(
+            f"epoch {epoch + 1} had no batch",
+            "the training data is empty or smaller than one batch",
+            "give more training data or a smaller batch_size",
         )
-    return value
+    return TrainingError(
+        f"epoch {epoch + 1} ended after {got} of {expected} batches",
+        "the data gave fewer than it promised",
+        "check that nothing changes the data while it is read",
+    )
