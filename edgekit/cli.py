@@ -87,7 +87,7 @@ def _print_usage_error(error: click.ClickException) -> None:
 @click.option("--latency", metavar="QUANTILE:MS", help="Bound on the latency at batch 1, such as p95:23ms.")
 @click.option("--precision", help="auto, fp32, fp16 or int8.")
 @click.option("--recipe", type=path_argument, help="A TOML file with settings of the stages.")
-@click.option("--metric", help="top1, cosine, or module:fn.")
+@click.option("--metric", help="top1, f1, cosine, sqnr, or module:fn.")
 @click.option("--seed", type=int, help="For everything random.")
 @click.option("--out", type=path_argument, help="Directory for the bundle and the report.")
 @click.option(

@@ -202,12 +202,13 @@ def _report(
             "latency": str(contract.latency) if contract.latency else None,
             "met": not outcome.unmet,
             "unmet": list(outcome.unmet),
+            "max_drop_certain": search.drop_is_certain(outcome.chosen.facts, contract),
             "why": dict(outcome.unmet),
         },
         "engines": [_engine(entry) for entry in outcome.chosen.engine.metadata["engines"]],
         "bundle": {"path": str(made.directory), "file": str(made.archive), "digest": made.digest},
         "stages": [asdict(record) for record in ran.records],
-        "why": _not_measured(prepared, ran),
+        "why": {**_not_measured(prepared, ran), **_not_certain(outcome, contract)},
     }
     return Report.model_validate(document)
 
@@ -220,6 +221,18 @@ def _not_measured(prepared: Prepared, ran: Ran) -> dict[str, str]:
     if any(record.peak_rss_bytes is None for record in ran.records):
         why["stages.peak_rss_bytes"] = "the kernel does not let a process reset its memory high-water mark"
     return why
+
+
+def _not_certain(outcome: search.Outcome, contract: Contract) -> dict[str, str]:
+    """What few samples cannot show."""
+    facts = outcome.chosen.facts
+    if search.drop_is_certain(facts, contract) is not False or "max_drop" in outcome.unmet:
+        return {}
+    interval = facts["metric_drop_interval"]
+    return {
+        "contract.max_drop": f"{facts['metric']['samples']} samples cannot show it: the drop lies between "
+        f"{interval['low']:+.4f} and {interval['high']:+.4f} at {interval['confidence']:.0%} confidence"
+    }
 
 
 def _engine(entry: Mapping[str, Any]) -> dict[str, Any]:

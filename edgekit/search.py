@@ -136,6 +136,7 @@ def _candidate(
         "params_ratio": graph["params"] / baseline["params"],
         "size_ratio": size_bytes / baseline["size_bytes"],
         "metric_drop": measurement.metadata["metric"]["original"]["value"] - metric["value"],
+        "metric_drop_interval": measurement.metadata["metric_drop_interval"],
         "speedup": original_latency["p50"] / latency["p50"],
         "precision": precision,
         "pruning": _pruning(plan, ran),
@@ -159,7 +160,8 @@ def unmet(facts: Mapping[str, Any], contract: Contract, profile: Profile) -> dic
     if contract.max_drop is not None and facts["metric_drop"] > contract.max_drop:
         name = facts["metric"]["name"]
         missed["max_drop"] = (
-            f"{name} drops by {facts['metric_drop']:.4f}; at most {contract.max_drop:g} was asked"
+            f"{name} drops by {facts['metric_drop']:.4f}{_give_or_take(facts)}; at most "
+            f"{contract.max_drop:g} was asked"
         )
     bound = contract.latency
     if bound is not None and not measured_on_target(profile):
@@ -168,6 +170,21 @@ def unmet(facts: Mapping[str, Any], contract: Contract, profile: Profile) -> dic
         measured_ms = facts["latency_ms"][bound.quantile]
         missed["latency"] = f"{bound.quantile} is {measured_ms:.2f} ms; at most {bound.ms:g} ms was asked"
     return missed
+
+
+def _give_or_take(facts: Mapping[str, Any]) -> str:
+    interval = facts["metric_drop_interval"]
+    if interval is None:
+        return ""
+    return f" ({interval['low']:+.4f} to {interval['high']:+.4f} on {facts['metric']['samples']} samples)"
+
+
+def drop_is_certain(facts: Mapping[str, Any], contract: Contract) -> bool | None:
+    """Whether the whole interval of the drop is within the bound; None: no bound, or no interval."""
+    interval = facts["metric_drop_interval"]
+    if contract.max_drop is None or interval is None:
+        return None
+    return bool(interval["high"] <= contract.max_drop)
 
 
 def _slower(candidate: Candidate) -> dict[str, str]:

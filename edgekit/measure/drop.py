@@ -69,7 +69,7 @@ class Judge:
 
 def can_judge(metric: str, data: Dataset) -> bool:
     """Whether the samples have what the metric needs; a metric of the user's own may need labels."""
-    return metric == "cosine" or data.has_labels
+    return data.has_labels or not accuracy.needs_labels(metric)
 
 
 @dataclass(frozen=True)

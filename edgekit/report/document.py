@@ -15,12 +15,22 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Interval(_Frozen):
+    """Where a value would lie with unlimited samples, at ``confidence`` (a fraction)."""
+
+    low: float
+    high: float
+    method: str
+    confidence: float
+
+
 class Metric(_Frozen):
-    """A metric on held-out data."""
+    """A metric on held-out data; ``interval`` is null where the metric does not say how sure it is."""
 
     name: str
     value: float
     samples: int
+    interval: Interval | None
 
 
 class LatencyFigures(_Frozen):
@@ -91,6 +101,7 @@ class CandidateFigures(Figures):
     params_ratio: float
     size_ratio: float
     metric_drop: float
+    metric_drop_interval: Interval | None
     speedup: float
     precision: Literal["fp32", "fp16", "int8"]
     pruning: dict[str, Any] | None
@@ -101,13 +112,18 @@ class CandidateFigures(Figures):
 
 
 class ContractResult(_Frozen):
-    """What was asked, whether it is met, and which parts are not; ``why`` explains each of these."""
+    """What was asked, whether it is met, and which parts are not; ``why`` explains each of these.
+
+    ``max_drop_certain`` says whether the whole interval of the drop is within the bound; null: no bound, or
+    no interval. A drop that is met and not certain may be the luck of few samples.
+    """
 
     size: float | None
     max_drop: float | None
     latency: str | None
     met: bool
     unmet: list[str]
+    max_drop_certain: bool | None
     why: dict[str, str]
 
 

@@ -56,6 +56,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
         role: accuracy.score(config.metric, values, outputs["original"], labels).as_json()
         for role, values in outputs.items()
     }
+    lost = accuracy.drop(config.metric, outputs["candidate"], outputs["original"], labels)
     example = next(iter(held_out.batches(1))).inputs
     timings = latency.interleaved(
         {role: lambda session=session: session.run(example) for role, session in sessions.items()},  # type: ignore[misc]  # bound early on purpose
@@ -67,6 +68,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     tolerances = _golden(sessions["candidate"], held_out, inputs.artifacts["candidate"], out)
     return {
         "metric": scores,
+        "metric_drop_interval": None if lost is None else lost.as_json(),
         "latency_ms": {role: timing.as_json() for role, timing in timings.items()},
         "tolerances": tolerances,
     }

@@ -47,6 +47,12 @@ def _ran(directory: Path, figures: dict[str, tuple[float, float]], params: int =
                 "original": {"name": "top1", "value": 0.9, "samples": 9},
                 "candidate": {"name": "top1", "value": metric, "samples": 9},
             },
+            metric_drop_interval={
+                "low": 0.8 - metric,
+                "high": 1 - metric,
+                "method": "a double",
+                "confidence": 0.95,
+            },
             latency_ms={"original": _latency(10.0), "candidate": _latency(p50)},
         )
         candidates[precision] = (f"build.{precision}", f"verify.{precision}")
@@ -165,3 +171,14 @@ def test_a_reason_is_true(directory: Path) -> None:
     assert outcome.chosen.precision == "fp32"
     assert outcome.candidates[0].reason == "fp32 is clearly faster"
     assert "preferred" not in str(outcome.candidates[1].reason)
+
+
+def test_few_samples_are_not_sold_as_a_fact(directory: Path) -> None:
+    """A drop within the bound is certain only where its whole interval is; the reason for a miss names it."""
+    outcome = _pick(directory, {"int8": (5.0, 0.88)}, Contract(max_drop=0.05))
+    assert outcome.unmet == {}
+    assert search.drop_is_certain(outcome.chosen.facts, Contract(max_drop=0.05)) is False
+    assert search.drop_is_certain(outcome.chosen.facts, Contract(max_drop=0.2)) is True
+    assert search.drop_is_certain(outcome.chosen.facts, Contract()) is None
+    missed = _pick(directory, {"int8": (5.0, 0.88)}, Contract(max_drop=0.01)).unmet["max_drop"]
+    assert "-0.0800 to +0.1200 on 9 samples" in missed
