@@ -29,7 +29,7 @@ from edgekit.stages.registry import Sources
 
 #: Without ``--eval``, every so-manieth calibration sample is held out of everything but the measurement.
 HOLD_OUT_EVERY = 5
-_TOOLS = ("torch", "torch-pruning", "onnx", "onnxruntime", "numpy", "transformers")
+_TOOLS = ("torch", "onnx", "onnxruntime", "numpy", "transformers")
 
 
 @dataclass(frozen=True)

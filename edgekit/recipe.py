@@ -64,10 +64,12 @@ class Contract(_Frozen):
 
 
 class Prune(_Frozen):
-    """Structured pruning (Fang et al., "DepGraph", CVPR 2023)."""
+    """Structured pruning (docs/pruning.md)."""
 
-    importance: Literal["magnitude", "random"] = "magnitude"
-    """Which channels go first: those of the smallest L2 norm over their group, or random ones (a control)."""
+    importance: Literal["magnitude", "taylor", "hessian", "activation", "activation2", "random"] = "magnitude"
+    """Which channels go first: by their weights, by gradients on calibration data, or random (a control)."""
+    samples: int = Field(64, ge=1)
+    """So many calibration samples, where gradients are asked for."""
     max_layer_ratio: float = Field(0.8, gt=0, lt=1)
     """No layer loses more than this share of its channels."""
 

@@ -74,7 +74,7 @@ _GRAPHS = ("onnx",)
 
 STAGES: dict[str, Stage] = {
     "prune": Stage(
-        "edgekit.stages.prune", {}, "torch", ("model",), ("alignment",), ("torch", "torch-pruning")
+        "edgekit.stages.prune", {}, "torch", ("model", "calib"), ("alignment",), ("torch", "numpy")
     ),
     "recover": Stage(
         "edgekit.stages.recover", {"model": ("torch",)}, "torch", ("model", "train"), (), ("torch",)

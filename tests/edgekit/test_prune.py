@@ -17,8 +17,8 @@ from edgekit.artifact import Artifact
 from edgekit.errors import BadInput
 from edgekit.models import Model
 from edgekit.modules import forward, parameter_count
+from edgekit.pruning.allocation import kept_width
 from edgekit.recipe import Prune
-from edgekit.stages.prune import kept_width
 
 
 def conv(inputs: int, outputs: int, **options: Any) -> nn.Sequential:
@@ -272,14 +272,41 @@ class FixedReshape(Chain):
         return logits
 
 
-@pytest.mark.parametrize("build", [NothingToPrune, FixedReshape])
-def test_what_cannot_be_pruned_says_so(build: Any, tmp_path: Path) -> None:
-    """A model without free channels, or with widths in its code: an error with the way out."""
-    shape = (3, 2, 2) if build is NothingToPrune else (3, 8, 8)
+def test_what_cannot_be_pruned_says_so(tmp_path: Path) -> None:
+    """A model without free channels: an error with the way out."""
     with pytest.raises(BadInput, match="--size") as caught:
-        _prune(torch_model(build, image=shape), tmp_path / "pruned")
+        _prune(torch_model(NothingToPrune, image=(3, 2, 2)), tmp_path / "pruned")
     assert "cannot be pruned" in caught.value.what
     assert len(str(caught.value).splitlines()) == 3
+
+
+def test_a_width_in_the_code_keeps_its_layer_alone(tmp_path: Path) -> None:
+    """The layer whose width the code counts on stays whole, with the reason; the others are pruned."""
+    pruned = _prune(torch_model(FixedReshape, image=(3, 8, 8)), tmp_path / "pruned")
+    assert "needs its size" in pruned.metadata["kept_whole"]["body.2.0"]
+    assert pruned.metadata["widths"]["body.2.0"] == [64, 64]
+    assert pruned.metadata["params"] <= 0.5 * pruned.metadata["params_original"]
+
+
+@pytest.mark.parametrize("importance", ["taylor", "hessian", "activation", "activation2"])
+def test_channels_without_influence_go_first(importance: str, tmp_path: Path) -> None:
+    """Channels that nothing reads are the least important by every measure on calibration data, however
+    large their own weights are.
+    """
+
+    def build() -> nn.Module:
+        net = Chain()
+        with torch.no_grad():
+            net.body[1][0].weight[::2] *= 10
+            net.body[2][0].weight[:, ::2] = 0
+        return net
+
+    model = torch_model(build, image=(3, 8, 8))
+    pruned = _prune(model, tmp_path / "pruned", 0.75, alignment=1, importance=importance, samples=4)
+    module = _load(model, pruned)
+    read = module.body[2][0].weight.abs().amax(dim=(0, 2, 3))  # type: ignore[index,union-attr]
+    assert int((read > 0).sum()) == 32
+    assert len(read) < 64
 
 
 def test_the_caller_s_random_state_is_left_alone(tmp_path: Path) -> None:
