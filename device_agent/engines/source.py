@@ -23,6 +23,7 @@ class EngineSource:
         steps: of a composition, in the order in which they run; ``graph`` of each is absolute.
         main: the graph whose steps ``path`` stands for.
         inputs, outputs: names of a composition's tensors, as in the manifest.
+        wide: tensors that are INT64 in the manifest; the engine may have them as INT32.
     """
 
     runtime: str
@@ -32,6 +33,7 @@ class EngineSource:
     main: str = ""
     inputs: Tuple[str, ...] = ()
     outputs: Tuple[str, ...] = ()
+    wide: Tuple[str, ...] = ()
 
     def of_step(self, step: Step) -> EngineSource:
         """What one of the steps is opened from: the main one as this says, others on ONNX Runtime."""
@@ -47,7 +49,8 @@ class EngineSource:
 def with_steps(source: EngineSource, directory: Path, manifest: Manifest) -> EngineSource:
     """``source`` for the main graph of an unpacked bundle, with the other steps where it has some."""
     if not manifest.composition:
-        return source
+        tensors = manifest.inputs + manifest.outputs
+        return replace(source, wide=tuple(spec.name for spec in tensors if spec.dtype == "INT64"))
     inputs = tuple(spec.name for spec in manifest.inputs)
     outputs = tuple(spec.name for spec in manifest.outputs)
     steps = order(manifest.composition, inputs, outputs)
@@ -62,7 +65,7 @@ def with_steps(source: EngineSource, directory: Path, manifest: Manifest) -> Eng
 
 def source_of(document: Mapping[str, Any]) -> EngineSource:
     """Read what ``EngineSource.to_json`` gave, as JSON returns it."""
-    lists = {key: tuple(document[key]) for key in ("inputs", "outputs")}
+    lists = {key: tuple(document[key]) for key in ("inputs", "outputs", "wide")}
     return EngineSource(**{**document, **lists, "steps": tuple(Step(**step) for step in document["steps"])})
 
 

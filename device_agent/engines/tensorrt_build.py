@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from device_agent.engines.tensorrt_log import collecting_logger
 from device_agent.manifest import ShapeRange
 
 Shape = Tuple[int, ...]
@@ -116,7 +117,7 @@ def build_engine(trt: Any, graph: bytes, settings: BuildSettings, path: Optional
         BuildError: the graph is not for this TensorRT, or no engine came of it.
     """
     by_flags = _by_flags(trt, settings)
-    logger = _logger(trt)
+    logger = collecting_logger(trt)
     try:
         builder = trt.Builder(logger)
     except TypeError as error:  # the binding's word for "there is none"
@@ -306,25 +307,3 @@ def _on_dla(trt: Any, network: Any, config: Any, core: Optional[int]) -> Tuple[s
 def _timing_cache(config: Any) -> bytes:
     cache = config.get_timing_cache() if hasattr(config, "get_timing_cache") else None
     return b"" if cache is None else bytes(cache.serialize())
-
-
-def _logger(trt: Any) -> Any:
-    class Collecting(trt.ILogger):  # type: ignore[misc]  # its base is only known here
-        """Keeps what TensorRT says for the error and the report."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: List[str] = []
-            self.warnings: List[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors.append(message)
-            elif severity == trt.ILogger.WARNING:
-                self.warnings.append(message)
-
-        def why(self, otherwise: str) -> str:
-            """What went wrong: the first error, which the others follow from."""
-            return self.errors[0] if self.errors else otherwise
-
-    return Collecting()

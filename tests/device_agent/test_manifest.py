@@ -65,7 +65,7 @@ def _delete(key: str) -> Callable[[Dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_set("schema", 4), "newer than this agent"),
+        (_set("schema", 5), "newer than this agent"),
         (_set("schema", True), "not a positive integer"),
         (_set("schema", "1"), "not a positive integer"),
         (_delete("schema"), "not a positive integer"),

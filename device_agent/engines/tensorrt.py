@@ -1,0 +1,24 @@
+"""TensorRT, 8.5 to 11: engines that were built for exactly this GPU and this TensorRT.
+
+See :mod:`device_agent.engines.tensorrt_engine`, which TensorRT-RTX shares.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Mapping
+
+import tensorrt as trt
+
+from device_agent.engines import tensorrt_engine
+from device_agent.engines.base import Engine, EngineSettings
+
+
+def fingerprint() -> Mapping[str, str]:
+    """What an engine has to be built for to run here; see ``tensorrt_engine.fingerprint``."""
+    return tensorrt_engine.fingerprint(trt, "tensorrt")
+
+
+def open_graph(path: Path, settings: EngineSettings) -> Engine:
+    """Load a serialized engine; see ``tensorrt_engine.open_engine``."""
+    return tensorrt_engine.open_engine(trt, "tensorrt", path)
