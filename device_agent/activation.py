@@ -92,6 +92,7 @@ class Activation:
             Refused: the version failed its self-test or its probation, or a step took too long.
             Interrupted: the agent stops; the version stays on probation.
         """
+        self._build(operation, manifest)
         planned = self._models.plan_swap(manifest)
         if planned.pause_s is not None and operation.on_state is not None:
             operation.on_state(str(planned))
@@ -131,7 +132,23 @@ class Activation:
             operation.enter(operation.goal)
             self._tidy(name, operation.digest)
 
+    def reload(self, loaded: LoadedModel) -> None:
+        """Serve the same version with the best engine that is here now; nothing if it serves no more.
+
+        Raises:
+            Refused: nothing of it comes up any more. What served, serves on.
+        """
+        if self._models.get(loaded.manifest.name) is loaded:
+            self._serve_instead(loaded.manifest.name, loaded.digest)
+
     # Steps
+
+    def _build(self, operation: Operation, manifest: Manifest) -> None:
+        """Build the engine while the old version serves; where none does, ONNX Runtime serves first."""
+        if self._models.get(operation.name) is None:
+            return
+        directory = self._store.directory(operation.name, operation.digest)
+        self._models.builds.build(directory, manifest, self._stop, operation.on_state or _nobody)
 
     def _replace(self, operation: Operation, manifest: Manifest, target: ModelState, swap: Swap) -> None:
         name, digest = operation.name, operation.digest
@@ -251,3 +268,7 @@ class Activation:
                 self._store.set_state(name, before)
         except Refused as error:
             _log.error("the state of %s could not be written back: %s", name, error.why)
+
+
+def _nobody(line: str) -> None:
+    """Nobody reads how far a build is."""

@@ -19,11 +19,13 @@ class Timeouts:
 
     Attributes:
         stage_s: copying and checking a bundle.
-        prepare_s: opening an engine, where that builds one too, and its self-test.
+        build_s: building an engine for this device, while something else serves.
+        prepare_s: opening an engine, and its self-test.
         drain_s: a version that was replaced answering what it accepted.
     """
 
     stage_s: float = 600.0
+    build_s: float = 3600.0
     prepare_s: float = 900.0
     drain_s: float = 60.0
 

@@ -41,7 +41,7 @@ from device_agent.store import Store, Version
 from device_agent.swap_plan import NOTHING_TO_STOP
 
 if TYPE_CHECKING:
-    from device_agent.models import Models
+    from device_agent.models import LoadedModel, Models
 
 OnState = Callable[[str], None]
 _DEFAULT_TIMEOUTS = Timeouts()
@@ -219,6 +219,15 @@ class Lifecycle:
         with self._turn():
             pass  # which every operation does first
 
+    def reload(self, loaded: LoadedModel) -> None:
+        """Serve a version with an engine that was built meanwhile; nothing if it serves no more.
+
+        Raises:
+            Refused: nothing of it comes up any more. What served, serves on.
+        """
+        with self._turn():
+            self._activation.reload(loaded)
+
     def rotate(self, document: bytes) -> Rotated:
         """Take a rotation document: see ``Admission.rotate``, which says what is refused."""
         with self._turn():
@@ -289,6 +298,7 @@ class Lifecycle:
             "serving": None if serving is None else serving.digest,
             "pause": None if pause is None else str(pause),
             "engine": self._models.describe_engine(name),
+            "engine_build": self._models.builds.report(name),
             "probation": self._activation.probation_of(name),
             "shadow": self._activation.shadow_of(name),
             "last_operation": None if entry is None else journal.last(entry),

@@ -200,6 +200,32 @@ class FollowMetrics:
     up_to_date: bool = False
 
 
+class BuildMetrics:
+    """What came of building engines for one model.
+
+    Attributes:
+        built: engines that were built.
+        failures: builds that came to nothing, and engines that did not reproduce the golden outputs.
+        seconds: how long the last one took.
+        fallback: whether ONNX Runtime serves because there is no engine.
+    """
+
+    def __init__(self) -> None:
+        self.built = 0
+        self.failures = 0
+        self.seconds = 0.0
+        self.fallback = False
+
+    def succeeded(self, seconds: float) -> None:
+        """An engine was built."""
+        self.built += 1
+        self.seconds = seconds
+
+    def failed(self) -> None:
+        """A build came to nothing."""
+        self.failures += 1
+
+
 class Metrics:
     """Counters of the whole agent, by model and bundle digest."""
 
@@ -209,6 +235,7 @@ class Metrics:
         self.http_errors: Dict[int, int] = {}
         self.grpc_errors: Dict[str, int] = {}
         self.followers: Dict[str, FollowMetrics] = {}
+        self.builds: Dict[str, BuildMetrics] = {}
 
     def of_model(self, name: str, digest: str) -> ModelMetrics:
         """Counters of a model version; the same ones if that version was here before."""
@@ -217,6 +244,10 @@ class Metrics:
     def of_follower(self, name: str) -> FollowMetrics:
         """Counters of the model that follows a tag."""
         return self.followers.setdefault(name, FollowMetrics())
+
+    def of_builds(self, name: str) -> BuildMetrics:
+        """What came of building engines for a model."""
+        return self.builds.setdefault(name, BuildMetrics())
 
     def activated(self, name: str, versions: Mapping[str, str]) -> None:
         """Note what serves, as versions by digest; the counters of versions long replaced are dropped."""

@@ -114,6 +114,7 @@ class _Collector:
             depth.add_metric([name, digest], counters.queue_depth)
         yield depth
         yield from _followers(self._metrics)
+        yield from _builds(self._metrics)
         errors = CounterMetricFamily(
             "edgekit_http_errors", "Answers with an error status", labels=("status",)
         )
@@ -147,3 +148,24 @@ def _followers(metrics: Metrics) -> Iterator[Any]:
         failures.add_metric([name], counters.failures)
         received.add_metric([name], counters.downloaded_bytes)
     yield from (success, current, failures, received)
+
+
+def _builds(metrics: Metrics) -> Iterator[Any]:
+    """What came of the engines that the device builds."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    labels = ("model",)
+    built = CounterMetricFamily("edgekit_engine_builds", "Engines that were built here", labels=labels)
+    failures = CounterMetricFamily(
+        "edgekit_engine_build_failures", "Engines that could not be built or did not serve", labels=labels
+    )
+    seconds = GaugeMetricFamily("edgekit_engine_build_seconds", "What the last build took", labels=labels)
+    fallback = GaugeMetricFamily(
+        "edgekit_engine_fallback", "1 if ONNX Runtime serves for want of an engine", labels=labels
+    )
+    for name, counters in sorted(metrics.builds.items()):
+        built.add_metric([name], counters.built)
+        failures.add_metric([name], counters.failures)
+        seconds.add_metric([name], counters.seconds)
+        fallback.add_metric([name], int(counters.fallback))
+    yield from (built, failures, seconds, fallback)

@@ -22,12 +22,13 @@ from device_agent.affinity import ANYWHERE
 from device_agent.batching.batcher import Batcher, BatcherSettings
 from device_agent.batching.cores import Shares, on_one_core
 from device_agent.batching.settings import Batching
+from device_agent.building.builds import EngineBuilds
 from device_agent.config import Config
 from device_agent.engine_report import report
 from device_agent.engines import candidates, keep_up, on_restart, open_as_set, why_down
 from device_agent.engines.base import Engine, EngineError, EngineSettings
 from device_agent.engines.source import EngineSource
-from device_agent.errors import Refused
+from device_agent.errors import AgentError, Refused
 from device_agent.manifest import Manifest, Resources
 from device_agent.memory import give_back, resident_bytes
 from device_agent.metrics import Metrics
@@ -90,11 +91,16 @@ class LoadedModel:
 
 
 class Models:
-    """Loaded models by name."""
+    """Loaded models by name.
+
+    Attributes:
+        builds: the engines that this device builds for itself.
+    """
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
         self._config = config
         self._metrics = metrics
+        self.builds = EngineBuilds(config, metrics)
         self._serving: Dict[str, Tuple[LoadedModel, ...]] = {}  # by name; versions ascend
         self._repository_names: Set[str] = set()
         self._pauses: Dict[str, SwapPlan] = {}
@@ -118,7 +124,13 @@ class Models:
         settings = self._engine_settings(manifest)
         failure: Optional[Refused] = None
         started_s, before_bytes = time.monotonic(), resident_bytes(os.getpid())
-        for engine in candidates(directory, manifest, settings):
+        built = self.builds.source(directory, manifest)
+
+        def passed_over(source: EngineSource, error: AgentError) -> None:
+            if source is built:
+                self.builds.passed_over(manifest, f"{error.what}: {error.why}")
+
+        for engine in candidates(directory, manifest, settings, built, passed_over):
             try:
                 loaded = self._bring_up(engine, directory, manifest, digest)
                 apart = engine.process != os.getpid()
@@ -127,6 +139,8 @@ class Models:
             except Refused as error:
                 _log.warning("%s of %s: %s: %s", engine.runtime, manifest.name, error.what, error.why)
                 failure = error
+                if built is not None and engine.runtime == built.runtime:
+                    self.builds.reject(manifest, f"{error.what}: {error.why}")
         raise failure or Refused(
             f"{manifest.name} has no engine for this device", "none fits", "build the bundle for this device"
         )

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, List, Mapping, Optional
 
 from device_agent import provisioned
+from device_agent.building.background import BackgroundBuilds
 from device_agent.config import Config
 from device_agent.doors import Doors
 from device_agent.lifecycle import Lifecycle
@@ -100,6 +101,8 @@ async def _serve(
     manager.status("serving")
     manager.ready()
     resumed = loop.run_in_executor(None, lifecycle.resume)  # probations are held on live requests
+    building = BackgroundBuilds(lifecycle, models)
+    building.start()
     first_start = loop.run_in_executor(None, provisioned.install, config.state_dir, lifecycle)
     async with watched(manager, models.hung):
         await stop.wait()
@@ -111,6 +114,7 @@ async def _serve(
     control_server.close()
     if followers is not None:
         followers.stop()
+    building.stop()
     patience_s = config.limits.drain_timeout_s + config.limits.load_timeout_s
     async with given_time(manager, patience_s, lambda: None):
         complete = await doors.drain()
@@ -118,6 +122,7 @@ async def _serve(
         await loop.run_in_executor(None, lifecycle.close)
         await resumed
         await first_start
+        await loop.run_in_executor(None, building.join, 2.0)
         if followers is not None:
             await loop.run_in_executor(None, followers.join, 2.0)
     await _retire_all(models)

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Tuple
 
 from device_agent.engines.base import Engine, EngineSettings
+from device_agent.engines.fingerprint import misfit, of_entry
 from device_agent.engines.source import EngineSource, with_steps
 from device_agent.errors import AgentError, Missing, Refused
 from device_agent.manifest import Manifest, TensorSpec
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 RUNTIMES: Dict[str, str] = {
     "onnxruntime": "device_agent.engines.onnxruntime",
+    "tensorrt": "device_agent.engines.tensorrt",
+    "tensorrt_rtx": "device_agent.engines.tensorrt_rtx",
 }
 
 _log = logging.getLogger(__name__)
@@ -63,24 +66,46 @@ def open_engine(directory: Path, manifest: Manifest, settings: EngineSettings) -
     return next(candidates(directory, manifest, settings))
 
 
-def candidates(directory: Path, manifest: Manifest, settings: EngineSettings) -> Iterator[Engine]:
+def candidates(
+    directory: Path,
+    manifest: Manifest,
+    settings: EngineSettings,
+    built: Optional[EngineSource] = None,
+    on_failure: Callable[[EngineSource, AgentError], None] = lambda source, error: None,
+) -> Iterator[Engine]:
     """Load, one after the other, what can run a bundle here; the caller closes what it does not keep.
 
     First the prebuilt engines whose runtime is here and whose fingerprint equals the device's, in the
-    manifest's order; one that does not load is logged and passed over. Last the portable graph on ONNX
-    Runtime. In a composition this is said of its main step; the others run on ONNX Runtime.
+    manifest's order, then what was built here; one that does not load is logged and passed over. Last the
+    portable graph on ONNX Runtime. In a composition this is said of its main step; the others run on ONNX
+    Runtime.
+
+    Args:
+        directory: where the bundle is.
+        manifest: the bundle's.
+        settings: how the engine may use the machine.
+        built: an engine that this device built for the bundle.
+        on_failure: called with each engine that is passed over, and why.
 
     Raises:
         Missing: ONNX Runtime is needed and not installed.
         Refused: the portable graph does not load, or its tensors are not those of the manifest.
     """
-    for entry in manifest.engines:
-        main = EngineSource(entry.runtime, str(directory / entry.path), dict(entry.fingerprint))
-        source = with_steps(main, directory, manifest)
+    sources = [
+        with_steps(
+            EngineSource(entry.runtime, str(directory / entry.path), of_entry(entry, manifest)),
+            directory,
+            manifest,
+        )
+        for entry in manifest.engines
+    ]
+    for source in [*sources, *([] if built is None else [built])]:
         try:
             engine = _open(source, manifest, settings)
         except AgentError as error:
-            _log.warning("engine %s of %s is passed over: %s", entry.path, manifest.name, error.what)
+            path = os.path.basename(source.path)
+            _log.warning("engine %s of %s is passed over: %s: %s", path, manifest.name, error.what, error.why)
+            on_failure(source, error)
             continue
         yield engine
     portable = EngineSource("onnxruntime", str(directory / manifest.graph))
@@ -147,18 +172,21 @@ def open_here(source: EngineSource, settings: EngineSettings) -> Engine:
     runtime = load_runtime(source.runtime)
     _check_fingerprint(source, runtime)
     engine: Engine = runtime.open_graph(Path(source.path), settings)
+    if any(spec.name in source.wide and spec.dtype == "INT32" for spec in engine.inputs + engine.outputs):
+        from device_agent.engines.widened import WidenedEngine  # few models have such tensors
+
+        return WidenedEngine(engine, source.wide)
     return engine
 
 
 def _check_fingerprint(source: EngineSource, runtime: ModuleType) -> None:
-    own = runtime.fingerprint() if source.fingerprint else {}
-    for key, value in source.fingerprint.items():
-        if own.get(key) != value:
-            raise Refused(
-                f"it was built for {key} {value}, this device has {own.get(key)}",
-                "an engine fits only what it was built for",
-                "build the bundle with an engine for this device's profile",
-            )
+    why = misfit(source.fingerprint, runtime.fingerprint()) if source.fingerprint else None
+    if why is not None:
+        raise Refused(
+            why,
+            "an engine fits only what it was built for",
+            "build the bundle with an engine for this device's profile",
+        )
 
 
 def _open(source: EngineSource, manifest: Manifest, settings: EngineSettings) -> Engine:

@@ -14,7 +14,7 @@ import re
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import numpy as np
 
@@ -74,9 +74,7 @@ class Device:
         number = ctypes.c_int()
         self._call("cuDeviceGet", ctypes.byref(number), ctypes.c_int(0))
         self._number = number
-        context = ctypes.c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
-        self._context = context
+        self._context: Optional[ctypes.c_void_p] = None
         self.sm = f"{self._attribute(_MAJOR)}{self._attribute(_MINOR)}"
         self.integrated = bool(self._attribute(_INTEGRATED))
         self.name = self._read_name()
@@ -84,7 +82,11 @@ class Device:
         self.driver = driver_version()
 
     def use(self) -> None:
-        """Make the context this thread's. Every other method needs that."""
+        """Make the context this thread's, which the methods below need. The first call takes memory."""
+        if self._context is None:
+            context = ctypes.c_void_p()
+            self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._number)
+            self._context = context
         self._call("cuCtxSetCurrent", self._context)
 
     def free_bytes(self) -> int:

@@ -12,12 +12,15 @@ builds ahead of time with this, the agent on the device. Python 3.8.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from device_agent.engines.tensorrt_log import collecting_logger
 from device_agent.manifest import ShapeRange
 
 Shape = Tuple[int, ...]
+
+#: Told what TensorRT does: the phase, its steps that are done, and how many it has; 0: nobody knows.
+OnProgress = Callable[[str, int, int], None]
 
 
 class BuildError(Exception):
@@ -104,7 +107,13 @@ def _filled(
     return tuple(size if size >= 0 or free is None else free[i] for size in filled)
 
 
-def build_engine(trt: Any, graph: bytes, settings: BuildSettings, path: Optional[str] = None) -> Built:
+def build_engine(
+    trt: Any,
+    graph: bytes,
+    settings: BuildSettings,
+    path: Optional[str] = None,
+    on_progress: Optional[OnProgress] = None,
+) -> Built:
     """Build an engine. Takes seconds to many minutes, and as much memory as TensorRT likes.
 
     Args:
@@ -112,6 +121,7 @@ def build_engine(trt: Any, graph: bytes, settings: BuildSettings, path: Optional
         graph: the ONNX model's bytes.
         settings: what to build.
         path: of the ONNX file, where its tensors lie in files beside it.
+        on_progress: called while it builds, by the releases that report progress (not 8.5).
 
     Raises:
         BuildError: the graph is not for this TensorRT, or no engine came of it.
@@ -126,6 +136,9 @@ def build_engine(trt: Any, graph: bytes, settings: BuildSettings, path: Optional
     _parse(trt, network, logger, graph, path)
     config = builder.create_builder_config()
     kept = _configure(trt, builder, network, config, settings, by_flags)
+    if on_progress is not None and hasattr(trt, "IProgressMonitor"):
+        kept.append(_monitor(trt, on_progress))
+        config.progress_monitor = kept[-1]
     constrained = _constrain(trt, network, config, settings.layer_precisions) if by_flags else 0
     not_on_dla = _on_dla(trt, network, config, settings.dla_core)
     serialized = builder.build_serialized_network(network, config)
@@ -302,6 +315,28 @@ def _on_dla(trt: Any, network: Any, config: Any, core: Optional[int]) -> Tuple[s
     config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
     layers = [network.get_layer(number) for number in range(network.num_layers)]
     return tuple(layer.name for layer in layers if not config.can_run_on_DLA(layer))
+
+
+def _monitor(trt: Any, on_progress: OnProgress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # its base is only known here
+        """Passes on what TensorRT reports."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._steps: Dict[str, int] = {}
+
+        def phase_start(self, phase: str, _parent: Optional[str], steps: int) -> None:
+            self._steps[phase] = steps
+            on_progress(phase, 0, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            on_progress(phase, step + 1, self._steps.get(phase, 0))
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            self._steps.pop(phase, None)
+
+    return Monitor()
 
 
 def _timing_cache(config: Any) -> bytes:

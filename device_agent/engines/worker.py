@@ -6,10 +6,8 @@ descriptors, a socket and two memfds, and the agent's process id. It imports no 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
-import os
 import signal
 import socket
 import sys
@@ -18,14 +16,14 @@ from typing import List, Optional
 
 from device_agent import engines
 from device_agent.affinity import place_process
+from device_agent.ending import die_with, prefer_to_be_ended
 from device_agent.engines import process_messages as messages
 from device_agent.engines.base import Engine, EngineError, InputError
 from device_agent.engines.process_memory import SharedMemory, read_tensors, write_tensors
 from device_agent.engines.source import settings_of, source_of
 from device_agent.errors import AgentError, Missing
 
-_PR_SET_PDEATHSIG = 1
-_OOM_SCORE = "500"  # the kernel ends an engine, which is started again, rather than the agent
+_OOM_SCORE = 500  # the kernel ends an engine, which is started again, rather than the agent
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +31,8 @@ _log = logging.getLogger(__name__)
 def main(arguments: List[str]) -> int:
     """Serve one engine until the channel is closed."""
     channel_fd, request_fd, answer_fd, parent = map(int, arguments)
-    _die_with(parent)
-    _prefer_to_be_ended()
+    die_with(parent)
+    prefer_to_be_ended(_OOM_SCORE)
     # The agent ends this process; a signal to the whole group (Ctrl-C, systemd) must not come before that.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -47,21 +45,6 @@ def main(arguments: List[str]) -> int:
         except messages.ConnectionLost:
             return 0
     return 0
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel end this process when the agent's thread that started it is gone."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
-    if os.getppid() != parent:  # it was gone before
-        os._exit(0)
-
-
-def _prefer_to_be_ended() -> None:
-    try:
-        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as stream:
-            stream.write(_OOM_SCORE)
-    except OSError as error:
-        _log.info("the out-of-memory score cannot be raised: %s", error)
 
 
 def _open(channel: socket.socket) -> Optional[Engine]:

@@ -134,6 +134,11 @@ class FakeModels:
     serving: Dict[str, Any] = field(default_factory=dict)
     events: List[str] = field(default_factory=list)
 
+    @property
+    def builds(self) -> Any:
+        """No engine is built here."""
+        return SimpleNamespace(build=lambda *arguments: False, report=lambda name: None)
+
     def prepare(self, directory: Path, manifest: Manifest, digest: str) -> Any:
         """Check the files; pass or refuse."""
         self.events.append(f"prepare {digest[:8]}")

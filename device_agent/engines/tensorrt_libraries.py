@@ -1,0 +1,37 @@
+"""Which kernels TensorRT may try: those of cuDNN and cuBLAS only where these libraries work.
+
+TensorRT 8 asks them for kernels by default, and its builder fails where they are missing or are not what they
+seem (in containers they often are left out). TensorRT's own kernels do without.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, List, Optional, Tuple
+
+_OWN = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
+_OTHERS = (
+    ("CUBLAS", "libcublas.so.11", "cublasGetCudartVersion"),
+    ("CUBLAS_LT", "libcublasLt.so.11", "cublasLtGetVersion"),
+    ("CUDNN", "libcudnn.so.8", "cudnnGetVersion"),
+)
+_SMALLEST_VERSION = 1000  # of any of these, as they write it
+
+
+def tactic_sources(trt: Any) -> Optional[Tuple[str, ...]]:
+    """Names of ``trt.TacticSource`` to build with; None: TensorRT's own choice, which is right from 10 on."""
+    if not hasattr(trt, "TacticSource") or hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
+        return None
+    working: List[str] = [source for source, library, probe in _OTHERS if _works(library, probe)]
+    if len(working) == len(_OTHERS):
+        return None
+    return tuple(name for name in (*_OWN, *working) if hasattr(trt.TacticSource, name))
+
+
+def _works(library: str, probe: str) -> bool:
+    try:
+        function = getattr(ctypes.CDLL(library), probe)
+    except (OSError, AttributeError):
+        return False
+    function.restype = ctypes.c_size_t
+    return int(function()) > _SMALLEST_VERSION

@@ -1,0 +1,199 @@
+"""The TensorRT engine against a recording double of TensorRT and CUDA; on a GPU, see benchmarks/gpu."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import numpy as np
+import pytest
+from onnx import helper
+
+from agent_testing import linear, make_model, session_of
+from device_agent import engines
+from device_agent.engines import cuda
+from device_agent.engines.base import EngineError, EngineSettings, InputError
+from device_agent.engines.source import EngineSource
+from device_agent.errors import Refused
+from device_agent.manifest import TensorSpec
+
+RECORDING = Path(__file__).parent / "recording"
+
+Load = Callable[..., Any]
+
+
+@pytest.fixture
+def load_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """Import the recording double as ``tensorrt``, behaving as the words say."""
+    monkeypatch.syspath_prepend(str(RECORDING))
+    monkeypatch.setattr(cuda, "device", cuda.device)  # which the double replaces
+
+    def load(words: str = "") -> Any:
+        monkeypatch.setenv("RECORDING_TENSORRT", words)
+        for name in ("tensorrt", "device_agent.engines.tensorrt"):
+            sys.modules.pop(name, None)
+        return importlib.import_module("tensorrt")
+
+    yield load
+    for name in ("tensorrt", "device_agent.engines.tensorrt"):
+        sys.modules.pop(name, None)
+
+
+def _engine_file(trt: Any, path: Path, model: Any) -> Path:
+    network = trt.Network()
+    network.graph = model.SerializeToString()
+    path.write_bytes(trt.Builder(trt.ILogger()).build_serialized_network(network, None))
+    return path
+
+
+def _open(trt: Any, path: Path, model: Any, **source: Any) -> Any:
+    file = _engine_file(trt, path / "m.engine", model)
+    return engines.open_here(EngineSource("tensorrt", str(file), **source), EngineSettings())
+
+
+@pytest.mark.parametrize("words", ["", "no-graphs", "integrated"])
+def test_outputs_are_those_of_the_graph_whatever_shapes_alternate(
+    load_double: Load, tmp_path: Path, words: str
+) -> None:
+    """Batches of changing size are computed right: without CUDA graphs, with them, and without copies."""
+    trt = load_double(words)
+    engine, reference = _open(trt, tmp_path, linear()), session_of(linear())
+    rng = np.random.default_rng(0)
+    for rows in (1, 8, 1, 3, 8, 3, 1, 8, 8):
+        x = rng.standard_normal((rows, 8)).astype(np.float32)
+        np.testing.assert_allclose(
+            engine.run({"x": x})["scores"], reference.run(None, {"x": x})[0], rtol=1e-6, atol=1e-6
+        )
+    assert ("launch" in trt.calls) == (words != "no-graphs")
+    assert ("copy_in" in trt.calls) == (words != "integrated")
+    engine.close()
+    assert trt.DEVICE.held == {}
+
+
+def test_a_shape_that_comes_again_is_one_launch(load_double: Load, tmp_path: Path) -> None:
+    """From the second run of a shape on, the copies and the layers go to the GPU in a single call."""
+    trt = load_double()
+    engine = _open(trt, tmp_path, linear())
+    x = np.zeros((2, 8), np.float32)
+    for _ in range(2):
+        engine.run({"x": x})
+    trt.calls.clear()
+    engine.run({"x": x})
+    assert trt.calls == ["launch", "synchronize"]
+    engine.close()
+
+
+def test_outputs_do_not_change_with_the_next_run(load_double: Load, tmp_path: Path) -> None:
+    """What a run returned stays as it is while the buffers are used again."""
+    engine = _open(load_double(), tmp_path, linear())
+    first = engine.run({"x": np.ones((2, 8), np.float32)})["scores"]
+    before = first.copy()
+    engine.run({"x": np.full((2, 8), -9, np.float32)})
+    assert (first == before).all()
+    engine.close()
+
+
+def test_a_batch_that_the_engine_was_not_built_for_is_an_error_of_that_run(
+    load_double: Load, tmp_path: Path
+) -> None:
+    """The next run of a shape that fits works."""
+    engine = _open(load_double(), tmp_path, linear())
+    with pytest.raises(EngineError, match=r"\[9, 8\]"):
+        engine.run({"x": np.zeros((9, 8), np.float32)})
+    assert engine.run({"x": np.zeros((8, 8), np.float32)})["scores"].shape == (8, 4)
+    engine.close()
+
+
+def test_an_output_whose_size_the_data_decides(load_double: Load, tmp_path: Path) -> None:
+    """Such an output comes back in its own size, run after run."""
+    model = make_model(
+        [
+            helper.make_node("Sub", ["x", "x"], ["zero"]),
+            helper.make_node("Greater", ["x", "zero"], ["positive"]),
+            helper.make_node("Compress", ["x", "positive"], ["y"], axis=0),
+        ],
+        [TensorSpec("x", "FP32", (8,))],
+        [TensorSpec("y", "FP32", (-1,))],
+    )
+    model.graph.name = "data-dependent"
+    trt = load_double()
+    engine = _open(trt, tmp_path, model)
+    for x in ([1, -1, 2, -2, 3, -3, 4, -4], [-1] * 8, list(range(1, 9))):
+        y = engine.run({"x": np.array(x, np.float32)})["y"]
+        assert y.tolist() == [value for value in x if value > 0]
+    engine.close()
+    assert trt.DEVICE.held == {}
+
+
+def test_clients_keep_their_int64(load_double: Load, tmp_path: Path) -> None:
+    """TensorRT 8 computes in 32 bits: clients see 64, and a value that does not fit is refused."""
+    model = make_model(
+        [helper.make_node("Add", ["ids", "ids"], ["twice"])],
+        [TensorSpec("ids", "INT64", (-1, 4))],
+        [TensorSpec("twice", "INT64", (-1, 4))],
+    )
+    engine = _open(load_double(), tmp_path, model, wide=("ids", "twice"))
+    assert [spec.dtype for spec in engine.inputs + engine.outputs] == ["INT64", "INT64"]
+    twice = engine.run({"ids": np.array([[1, -2, 3, 0]])})["twice"]
+    assert twice.dtype == np.int64
+    assert twice.tolist() == [[2, -4, 6, 0]]
+    with pytest.raises(InputError, match="32 bits"):
+        engine.run({"ids": np.array([[2**31, 0, 0, 0]])})
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "reason"),
+    [
+        ("sm=87", "sm=72", "sm is 87, expected 72"),
+        ("version=8.6.1", "version=8.5.2.2", r"tensorrt is 8\.6\.1"),
+        ("", "no-memory", "out of memory"),
+    ],
+)
+def test_an_engine_that_does_not_fit_is_refused_in_one_line(
+    load_double: Load, tmp_path: Path, built: str, here: str, reason: str
+) -> None:
+    """Another GPU, another TensorRT, too little memory: the reason is TensorRT's or CUDA's own."""
+    file = _engine_file(load_double(built), tmp_path / "m.engine", linear())
+    load_double(here)
+    with pytest.raises(Refused, match=reason) as refused:
+        engines.open_here(EngineSource("tensorrt", str(file)), EngineSettings())
+    assert "\n" not in refused.value.why
+
+
+def test_a_truncated_engine_is_refused(load_double: Load, tmp_path: Path) -> None:
+    """Half an engine does not load, and neither does an empty one."""
+    file = _engine_file(load_double(), tmp_path / "m.engine", linear())
+    data = file.read_bytes()
+    for size in (0, 10, len(data) - 1):
+        file.write_bytes(data[:size])
+        with pytest.raises(Refused, match="does not load"):
+            engines.open_here(EngineSource("tensorrt", str(file)), EngineSettings())
+
+
+def test_a_fingerprint_is_held_against_the_device(load_double: Load, tmp_path: Path) -> None:
+    """An engine for another architecture is refused before TensorRT sees it."""
+    trt = load_double("sm=72")
+    trt.calls.clear()
+    with pytest.raises(Refused, match="sm 87, this device has 72"):
+        _open(trt, tmp_path, linear(), fingerprint={"sm": "87"})
+    assert engines.load_runtime("tensorrt").fingerprint() == {
+        "sm": "72",
+        "tensorrt": "8.5.2.2",
+        "cuda": "11.4",
+        "driver": "R35.4.1",
+    }
+
+
+def test_without_a_gpu_the_runtime_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real driver interface, on a machine that has no driver."""
+    monkeypatch.setattr("ctypes.CDLL", _no_library)
+    cuda.device.cache_clear()
+    with pytest.raises(cuda.CudaError, match="no CUDA driver"):
+        cuda.device()
+
+
+def _no_library(name: str) -> None:
+    raise OSError(f"{name}: cannot open shared object file")
