@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the runtime that can serve every bundle.
+"""ONNX Runtime, on the GPU where its CUDA provider is here, else on the CPU: it can serve every bundle.
 
 Two types need care (both seen in onnxruntime 1.19 and 1.32). String tensors: the Python binding writes
 ``b'a'`` as the five characters ``b'a'`` without an error, so they go in as ``str`` and must be UTF-8.
@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, List, Mapping, Set, Tuple, Type
+from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Set, Tuple, Type
 
 import numpy as np
 import onnxruntime
@@ -22,6 +22,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _binding
 from device_agent.affinity import Placement, placed, policy_of_thread, threads_of
 from device_agent.engines import external_data
 from device_agent.engines.base import Arrays, Engine, EngineError, EngineSettings, InputError
+from device_agent.engines.onnxruntime_cuda import PROVIDER, BoundRuns, providers, runs_on_gpu
 from device_agent.errors import Refused
 from device_agent.manifest import TensorSpec
 from device_agent.tensors import object_array
@@ -56,12 +57,17 @@ _LOAD_ERRORS: Tuple[Type[Exception], ...] = (*_ERRORS, OSError)
 
 
 def fingerprint() -> Mapping[str, str]:
-    """What a graph that was optimized ahead of time may ask to be equal."""
-    return {"version": onnxruntime.__version__}
+    """What a graph may ask to be equal: one optimized ahead of time, or in half precision for a GPU.
+
+    Returns:
+        ``version``, and ``provider``: ``cuda`` or ``cpu``.
+    """
+    provider = "cuda" if PROVIDER in providers() else "cpu"
+    return {"version": onnxruntime.__version__, "provider": provider}
 
 
 def open_graph(path: Path, settings: EngineSettings) -> Engine:
-    """Load an ONNX file on the CPU.
+    """Load an ONNX file.
 
     Raises:
         Refused: ONNX Runtime does not take the file, or it reads files elsewhere (see ``external_data``).
@@ -71,7 +77,7 @@ def open_graph(path: Path, settings: EngineSettings) -> Engine:
         before = threads_of(os.getpid())
         with placed(settings.placement):  # the session's threads inherit it
             session = onnxruntime.InferenceSession(
-                str(path), sess_options=_options(settings), providers=["CPUExecutionProvider"]
+                str(path), sess_options=_options(settings), providers=providers()
             )
             policy = "" if settings.placement.numa_node is None else policy_of_thread()
         started = threads_of(os.getpid()) - before
@@ -131,15 +137,17 @@ class OnnxRuntimeEngine:
         self._output_names = [spec.name for spec in self.outputs]
         self._text_inputs = [spec.name for spec in self.inputs if spec.dtype == "BYTES"]
         self._text_outputs = [spec.name for spec in self.outputs if spec.dtype == "BYTES"]
+        plain = not self._text_inputs and not self._text_outputs
+        self._bound: Optional[BoundRuns] = None
+        if plain and runs_on_gpu(session):
+            self._bound = BoundRuns(session, [spec.name for spec in self.inputs], self._output_names)
         self._has_bfloat16 = any(spec.dtype == "BF16" for spec in self.inputs + self.outputs)
 
     def run(self, inputs: Arrays) -> Dict[str, np.ndarray[Any, Any]]:
         """See :meth:`device_agent.engines.base.Engine.run`."""
         feeds = _with_text(inputs, self._text_inputs) if self._text_inputs else inputs
         try:
-            values = (
-                self._run_bound(feeds) if self._has_bfloat16 else self._session.run(self._output_names, feeds)
-            )
+            values = self._values(feeds)
         except _ERRORS as error:
             raise EngineError(_first_line(error)) from error
         outputs = dict(zip(self._output_names, values))
@@ -149,7 +157,15 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         """Free the session."""
-        self._session = None
+        self._session = self._bound = None
+
+    def _values(self, feeds: Arrays) -> List[np.ndarray[Any, Any]]:
+        if self._has_bfloat16:
+            return self._run_bound(feeds)
+        if self._bound is not None:
+            return self._bound.run(feeds)
+        values: List[np.ndarray[Any, Any]] = self._session.run(self._output_names, feeds)
+        return values
 
     def _run_bound(self, feeds: Arrays) -> List[np.ndarray[Any, Any]]:
         binding = self._session.io_binding()
