@@ -21,15 +21,22 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 }  # fmt: skip
 
 
-def parse_options(description: str) -> argparse.Namespace:
+def options_parser(description: str) -> argparse.ArgumentParser:
     """``--json`` and ``--quick``, which every benchmark takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print the document only")
     parser.add_argument("--quick", action="store_true", help="fewer runs, to see that it works")
-    return parser.parse_args()
+    return parser
 
 
-def document(name: str, claim: str, figures: Figures, targets: Targets, runs: int) -> dict[str, Any]:
+def parse_options(description: str) -> argparse.Namespace:
+    """The options, where a benchmark has no others."""
+    return options_parser(description).parse_args()
+
+
+def document(
+    name: str, claim: str, figures: Figures, targets: Targets, runs: int, gpu: str | None = None
+) -> dict[str, Any]:
     """The document: a target is met when its figure, or every figure of a list, holds against its bound."""
     met = all(_holds(figures[key], *target) for key, target in targets.items())
     return {
@@ -39,7 +46,7 @@ def document(name: str, claim: str, figures: Figures, targets: Targets, runs: in
         "targets": {key: f"{comparison} {bound:g}" for key, (comparison, bound) in targets.items()},
         "met": met,
         "runs": runs,
-        "conditions": {"cpu": _cpu(), "gpu": None, "versions": _versions()},
+        "conditions": {"cpu": _cpu(), "gpu": gpu, "versions": _versions()},
     }
 
 
