@@ -3,9 +3,9 @@
 python benchmarks/webdataset.py [--json] [--quick] [--directory DIR]
 
 Both hold the same samples, read by a torch DataLoader with two workers in a drawn order. Memory is what the
-processes of a loader hold (PSS) beyond those of a loader without data. Rates are taken with a cold page cache,
-beside one sequential read of one file on the same disk. Samples are random bytes, so that reading is measured
-and no decoding.
+processes of a loader hold (PSS) beyond those of a loader without data. Rates are taken with a cold page
+cache, beside one sequential read of the same bytes on the same disk. Samples are random bytes: reading is
+measured, and no decoding.
 """
 
 from __future__ import annotations

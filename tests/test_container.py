@@ -1,16 +1,21 @@
-"""The training container: no engine builds it here, so its files are linted and held against the repository."""
+"""The training container: no engine builds it here; its files are linted and held against the repository."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docker" / "train"
