@@ -18,12 +18,8 @@ from edgekit.errors import BadInput
 @click.command()
 @click.argument("data", type=path_argument)
 @click.argument("out", type=path_argument)
-@click.option(
-    "--shard-mb", type=click.IntRange(min=1), default=256, show_default=True, help="Size of a shard."
-)
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of the order that samples are mixed in."
-)
+@click.option("--shard-mb", type=click.IntRange(min=1), default=256, show_default=True, help="Of a shard.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the samples' order.")
 @json_option
 def shards(data: Path, out: Path, shard_mb: int, seed: int, as_json: bool) -> None:
     """Write DATA, a folder of images or a .jsonl file, as WebDataset shards into a new directory OUT."""
