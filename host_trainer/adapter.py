@@ -160,7 +160,7 @@ class Merged:
     Attributes:
         model: plain, in eval mode.
         merge_error: largest difference to the outputs before merging, as a share of the largest output.
-        cast_error: largest difference that the cast to the wanted precision made, likewise.
+        cast_error: largest difference that the cast to the wanted precision made after that, likewise.
     """
 
     model: nn.Module
@@ -189,11 +189,12 @@ def merge(
         raise _bad_merge(str(error)) from error
     for parameter in merged.parameters():
         parameter.requires_grad_(True)
-    error = _difference(want, _outputs(merged, forward))
+    got = _outputs(merged, forward)
+    error = _difference(want, got)
     if not error <= MERGE_TOLERANCE:
         raise _bad_merge(f"outputs differ by {error:.2g} of the largest; {MERGE_TOLERANCE:g} is allowed")
     merged.to(dtype)
-    return Merged(merged, error, _difference(want, _outputs(merged, forward)))
+    return Merged(merged, error, _difference(got, _outputs(merged, forward)))
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -205,6 +206,10 @@ def unwrapped(model: nn.Module) -> Any:
 def _wrapped(model: nn.Module, config: LoraConfig) -> PeftModel:
     import peft
 
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # In eval mode its fused kernel takes the weights and never calls the layers that have adapters.
+            module.activation_relu_or_gelu = 0
     with warnings.catch_warnings():  # peft asks transformers for an attribute by its old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return peft.get_peft_model(model, config)

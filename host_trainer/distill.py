@@ -290,8 +290,8 @@ def _check_together(own: Seen, other: Seen, weights: Weights) -> None:
     pairs += zip(own.attention, _spread(other.attention, len(own.attention)), strict=True)
     for mine, theirs in pairs:
         if _places(mine) != _places(theirs):
-            shapes = f"{tuple(mine.shape)}, the teacher's {tuple(theirs.shape)}"
-            raise _apart(f"a block of the student gives {shapes}")
+            both = f"{tuple(mine.shape)}, the teacher's {tuple(theirs.shape)}"
+            raise _apart(f"a block of the student gives {both}")
 
 
 def _places(activation: Tensor) -> tuple[int, ...]:

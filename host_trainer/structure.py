@@ -103,10 +103,6 @@ def _has_parts(module: nn.Module) -> bool:
     return next(module.children(), None) is not None  # an empty container counts as false
 
 
-def _has_parts(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None  # an empty container is false
-
-
 def _is_below(name: str, containers: list[str]) -> bool:
     return any(name.startswith(f"{container}.") or not container for container in containers)
 

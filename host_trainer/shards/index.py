@@ -153,7 +153,7 @@ def _scan(path: Path) -> np.ndarray[Any, Any]:
 def _starts(archive: tarfile.TarFile) -> Iterator[int]:
     previous = None
     for member in archive:
-        archive.members = []  # else it keeps every header
+        archive.members = []  # type: ignore[attr-defined]  # else it keeps every header
         named = split_name(member.name)
         if not member.isfile() or named is None:
             continue
