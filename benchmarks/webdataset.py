@@ -38,10 +38,10 @@ BATCH = 32
 class Files:
     """The plain alternative: a list of (path, label), as torchvision's ImageFolder keeps it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: str) -> None:
         self._samples = [
             (str(path), label)
-            for label, folder in enumerate(sorted(root.iterdir()))
+            for label, folder in enumerate(sorted(Path(root).iterdir()))
             for path in sorted(folder.iterdir())
         ]
 

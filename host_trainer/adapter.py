@@ -56,7 +56,7 @@ def attach(
     model: nn.Module,
     parts: Iterable[Part],
     rank: int,
-    alpha: float,
+    alpha: int,
     dropout: float = 0.0,
     train_head: bool = True,
 ) -> Attached:
@@ -190,11 +190,12 @@ def merge(
     for parameter in merged.parameters():
         parameter.requires_grad_(True)
     got = _outputs(merged, forward)
-    error = _difference(want, got)
-    if not error <= MERGE_TOLERANCE:
-        raise _bad_merge(f"outputs differ by {error:.2g} of the largest; {MERGE_TOLERANCE:g} is allowed")
+    merge_error = _difference(want, got)
+    if not merge_error <= MERGE_TOLERANCE:
+        allowed = f"{MERGE_TOLERANCE:g} is allowed"
+        raise _bad_merge(f"outputs differ by {merge_error:.2g} of the largest; {allowed}")
     merged.to(dtype)
-    return Merged(merged, error, _difference(got, _outputs(merged, forward)))
+    return Merged(merged, merge_error, _difference(got, _outputs(merged, forward)))
 
 
 def unwrapped(model: nn.Module) -> Any:

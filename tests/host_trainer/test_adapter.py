@@ -135,7 +135,7 @@ def _answers(*inputs: Tensor) -> Callable[[nn.Module], Tensor]:
 
 def _attached(build: Callable[[], nn.Module], *parts: adapter.Part, **changes: Any) -> adapter.Attached:
     torch.manual_seed(0)
-    return adapter.attach(build().eval(), parts, **{"rank": 4, "alpha": 8.0, **changes})
+    return adapter.attach(build().eval(), parts, **{"rank": 4, "alpha": 8, **changes})
 
 
 def _disturb(model: nn.Module) -> None:
