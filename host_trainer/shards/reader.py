@@ -6,7 +6,6 @@ len(dataset), dataset[7], dataset.order(seed, epoch)
 
 from __future__ import annotations
 
-import io
 import os
 import tarfile
 from collections import OrderedDict
@@ -18,6 +17,7 @@ import numpy as np
 
 from host_trainer.errors import TrainingError
 from host_trainer.shards import index
+from host_trainer.shards.members import files
 from host_trainer.shards.order import epoch_order
 
 MAX_OPEN_FILES = 64
@@ -104,18 +104,14 @@ class _OpenFiles:
 def _parsed(content: bytes, path: Path, start: int) -> RawSample:
     key, parts = "", {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-            for member in archive:
-                named = index.split_name(member.name)
-                stream = archive.extractfile(member) if member.isfile() and named is not None else None
-                if stream is None or named is None:
-                    continue
-                key, extension = named
-                if extension in parts:
-                    raise _damaged(path, start, f"two members are called {member.name}")
-                parts[extension] = stream.read()
-                if len(parts[extension]) != member.size:
-                    raise _damaged(path, start, f"{member.name} is cut off")
+        for name, data in files(content):
+            named = index.split_name(name)
+            if named is None:
+                continue
+            key, extension = named
+            if extension in parts:
+                raise _damaged(path, start, f"two members are called {name}")
+            parts[extension] = data
     except tarfile.TarError as error:
         raise _damaged(path, start, str(error)) from error
     return RawSample(f"{path}, sample {key}", parts)

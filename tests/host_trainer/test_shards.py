@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
@@ -19,6 +20,7 @@ from PIL import Image
 
 from host_trainer.errors import TrainingError
 from host_trainer.shards import index
+from host_trainer.shards.members import files
 from host_trainer.shards.order import epoch_order
 from host_trainer.shards.reader import ShardDataset
 from host_trainer.shards.writer import write
@@ -131,6 +133,30 @@ def test_the_webdataset_package_reads_what_is_written(tmp_path: Path) -> None:
         [sys.executable, "-c", program, written.spec], capture_output=True, text=True, check=True
     )
     assert theirs.stdout.splitlines() == [parts["json"].decode() for parts in _all(written.spec)]
+
+
+@given(
+    parts=st.lists(
+        st.tuples(st.text("abc./é", min_size=1, max_size=300), st.binary(max_size=1500)),
+        min_size=1,
+        max_size=4,
+    ),
+    layout=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
+def test_headers_are_read_as_tarfile_reads_them(parts: list[tuple[str, bytes]], layout: int) -> None:
+    """Any name and size, in any of the formats that tarfile writes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=layout) as archive:
+        for name, content in parts:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            with contextlib.suppress(ValueError):  # ustar has no room for some long names
+                archive.addfile(member, io.BytesIO(content))
+        end = archive.offset
+    with tarfile.open(fileobj=io.BytesIO(buffer.getvalue())) as archive:
+        wanted = [(m.name, archive.extractfile(m).read()) for m in archive]  # type: ignore[union-attr]
+    found = [(name.rstrip("/"), data) for name, data in files(buffer.getvalue()[:end])]
+    assert found == [(name.rstrip("/"), data) for name, data in wanted]
 
 
 def test_shards_of_others_are_read(tmp_path: Path) -> None:
