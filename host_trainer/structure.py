@@ -96,7 +96,8 @@ def _body(model: nn.Module) -> list[str]:
 
 def _repeats(container: nn.Module) -> bool:
     kinds = Counter(type(child) for child in container.children() if _has_parts(child))
-    return any(count > 1 for count in kinds.values())
+    fewest = 1 if isinstance(container, nn.ModuleList) else 2  # a list may have one block, and is a list
+    return any(count >= fewest for count in kinds.values())
 
 
 def _has_parts(module: nn.Module) -> bool:
