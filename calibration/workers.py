@@ -27,6 +27,7 @@ class Workers:
 
     def __init__(self, probe: Probe, count: int, done: int, progress: Callable[[int], None] | None) -> None:
         self.done = done
+        self._first = True
         self._probe = probe
         self._progress = progress
         self._most_waiting = count + 1
@@ -50,6 +51,9 @@ class Workers:
         if len(self._waiting) >= self._most_waiting:
             self._account()
         self._waiting.append(self._pool.submit(self._probe.run, row, position))
+        if self._first:  # alone: ONNX Runtime plans its memory then, two at once would each take all of it
+            self._first = False
+            self._account()
 
     def finish(self) -> None:
         """Wait for every row; raises as ``submit``."""
