@@ -73,7 +73,13 @@ def _print_usage_error(error: click.ClickException) -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("--profile", required=True, help="A device profile: a name, or a TOML file.")
+@click.option(
+    "--profile",
+    "profiles_",
+    required=True,
+    multiple=True,
+    help="A device profile: a name, or a TOML file. Again, or with commas, for more devices in one bundle.",
+)
 @click.option("--calib", required=True, metavar="DATA", help="Calibration data.")
 @click.option(
     "--eval", "eval_", metavar="DATA", help="Held-out data; without it, a fifth of --calib is held out."
@@ -97,7 +103,7 @@ def _print_usage_error(error: click.ClickException) -> None:
 @json_option
 def compress(
     model: str,
-    profile: str,
+    profiles_: tuple[str, ...],
     calib: str,
     eval_: str | None,
     train: str | None,
@@ -126,7 +132,18 @@ def compress(
         "seed": seed,
     }
     prepared = job.prepare(
-        job.Request(model, profile, calib, weights, eval_, train, recipe, overrides, out, workdir)
+        job.Request(
+            model,
+            tuple(",".join(profiles_).split(",")),
+            calib,
+            weights,
+            eval_,
+            train,
+            recipe,
+            overrides,
+            out,
+            workdir,
+        )
     )
     if dry_run:
         return _print_plan(job.dry_run(prepared, workdir), as_json)

@@ -6,13 +6,13 @@ import importlib.metadata
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit import preprocess, profile, release, search
-from edgekit.artifact import Store, disk_full_is_an_error, open_store
+from edgekit.artifact import Artifact, Store, disk_full_is_an_error, open_store
 from edgekit.bundle import Bundle
 from edgekit.data import Dataset, load_data
 from edgekit.errors import BadInput
@@ -37,7 +37,7 @@ class Request:
     """What the user asked for; the fields are the options of the command."""
 
     model: str
-    profile: str
+    profile: tuple[str, ...]
     calib: str
     weights: Path | None = None
     eval: str | None = None
@@ -54,6 +54,7 @@ class Prepared:
 
     sources: Sources
     profile: Profile
+    further: tuple[Profile, ...]
     recipe: Recipe
     preprocess: Preprocess | None
     evaluated_on: str
@@ -77,7 +78,8 @@ def prepare(request: Request) -> Prepared:
         BadInput: anything about the request is wrong.
     """
     recipe = load_recipe(request.recipe, dict(request.overrides or {}))
-    device = profile.load(request.profile)
+    device, *others = (profile.load(name) for name in request.profile)
+    further = tuple(others)
     model, description = _load_model(request, recipe)
     calib = load_data(request.calib, description, model.inputs, recipe.seed)
     held_out, evaluated_on = None, f"held-out data {request.eval}"
@@ -93,9 +95,9 @@ def prepare(request: Request) -> Prepared:
     _not_empty(held_out, request.eval or request.calib)
     sources = Sources(model, calib, train, held_out)
     metric = accuracy.choose(recipe.metric, held_out.has_labels)
-    plan = make_plan(sources, device, recipe, metric)
+    plan = make_plan(sources, profile.shared(device, further), recipe, metric, further)
     out = request.out or Path(f"{recipe.release.name or model.name}-{device.name}")
-    return Prepared(sources, device, recipe, description, evaluated_on, plan, out)
+    return Prepared(sources, device, further, recipe, description, evaluated_on, plan, out)
 
 
 def dry_run(prepared: Prepared, workdir: Path) -> list[Planned]:
@@ -114,9 +116,11 @@ def compress(prepared: Prepared, workdir: Path, progress: Progress) -> Report:
     """
     _check_writable(prepared.out)
     with open_store(workdir) as store:
-        ran = run_plan(prepared.plan, prepared.sources, prepared.profile, store, progress)
+        shared = profile.shared(prepared.profile, prepared.further)
+        ran = run_plan(prepared.plan, prepared.sources, shared, store, progress)
         contract = _effective_contract(prepared)
         outcome = search.pick(prepared.plan, ran, contract, prepared.profile)
+        targets = [ran.artifacts[name] for name in prepared.plan.targets[outcome.chosen.precision]]
         made = release.make_bundle(
             outcome,
             prepared.sources.model,
@@ -125,8 +129,9 @@ def compress(prepared: Prepared, workdir: Path, progress: Progress) -> Report:
             contract,
             prepared.preprocess,
             prepared.out,
+            targets,
         )
-    report = _report(prepared, ran, outcome, contract, made)
+    report = _report(prepared, ran, outcome, contract, made, targets)
     with disk_full_is_an_error(prepared.out):
         _write(prepared.out / "report.json", report.model_dump_json(indent=2) + "\n")
         _write(prepared.out / "report.html", render(report))
@@ -180,7 +185,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def _report(
-    prepared: Prepared, ran: Ran, outcome: search.Outcome, contract: Contract, made: Bundle
+    prepared: Prepared,
+    ran: Ran,
+    outcome: search.Outcome,
+    contract: Contract,
+    made: Bundle,
+    targets: Sequence[Artifact],
 ) -> Report:
     candidates = [{**candidate.facts, "reason": candidate.reason} for candidate in outcome.candidates]
     document = {
@@ -205,7 +215,7 @@ def _report(
             "max_drop_certain": search.drop_is_certain(outcome.chosen.facts, contract),
             "why": dict(outcome.unmet),
         },
-        "engines": [_engine(entry) for entry in outcome.chosen.engine.metadata["engines"]],
+        "engines": _engines(prepared, outcome.chosen.engine, targets),
         "bundle": {"path": str(made.directory), "file": str(made.archive), "digest": made.digest},
         "stages": [asdict(record) for record in ran.records],
         "why": {**_not_measured(prepared, ran), **_not_certain(outcome, contract)},
@@ -235,5 +245,13 @@ def _not_certain(outcome: search.Outcome, contract: Contract) -> dict[str, str]:
     }
 
 
-def _engine(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: entry[key] for key in ("builder", "version", "target", "built", "executed", "why")}
+def _engines(prepared: Prepared, own: Artifact, targets: Sequence[Artifact]) -> list[dict[str, Any]]:
+    """What was built for each profile; those with ONNX Runtime are served by the portable graph itself."""
+    keys = ("builder", "version", "target", "built", "executed", "why", "changes", "not_on_dla")
+    others = [device for device in prepared.further if device.runtime.name != "onnxruntime"]
+    sources = [(prepared.profile, own), *zip(others, targets, strict=True)]
+    return [
+        {"profile": device.name, **{key: entry[key] for key in keys}}
+        for device, artifact in sources
+        for entry in artifact.metadata["engines"]
+    ]

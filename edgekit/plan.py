@@ -44,6 +44,7 @@ class Step:
         config: its settings, JSON.
         inputs: role -> name of the step that makes it.
         key: of the artifact.
+        profile: whose device it is for, where that is not the plan's own.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Step:
     config: Mapping[str, Any]
     inputs: Mapping[str, str]
     key: str
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Plan:
         steps: all of them.
         original: name of the step that builds the unchanged model's engine.
         candidates: precision -> (name of the engine's step, name of its measurement's step).
+        targets: precision -> names of the steps that build for further profiles.
         size: largest share of parameters to keep; 1.0: no pruning.
         metric: what is measured.
     """
@@ -68,12 +71,22 @@ class Plan:
     steps: tuple[Step, ...]
     original: str
     candidates: Mapping[str, tuple[str, str]]
+    targets: Mapping[str, tuple[str, ...]]
     size: float
     metric: str
 
 
-def make_plan(sources: Sources, profile: Profile, recipe: Recipe, metric: str) -> Plan:
+def make_plan(
+    sources: Sources, profile: Profile, recipe: Recipe, metric: str, further: tuple[Profile, ...] = ()
+) -> Plan:
     """Lay out the stages for a recipe and check that they chain.
+
+    Args:
+        sources: what the run starts from.
+        profile: the device that the recipe is for.
+        recipe: settings and contract.
+        metric: from ``accuracy.choose``.
+        further: other devices that the same bundle serves; everything up to the engines is shared.
 
     Raises:
         BadInput: the recipe, the model and the profile contradict each other.
@@ -85,12 +98,21 @@ def make_plan(sources: Sources, profile: Profile, recipe: Recipe, metric: str) -
     original, exported = _graphs(builder, recipe, size)
     build = {"max_batch_size": recipe.export.max_batch_size}
     reference = builder.add("build.original", "build", build, {"graph": original})
-    candidates = {}
+    candidates, targets = {}, {}
+    others = [device for device in further if device.runtime.name != "onnxruntime"]
+    keep_float = profile.runtime.name != "onnxruntime" or bool(others)
     for precision in precisions:
         graph = exported
         if precision != "fp32":
-            graph = _quantized(builder, precision, recipe, metric, original, exported)
-        engine = builder.add(f"build.{precision}", "build", build, {"graph": graph})
+            graph = _quantized(builder, precision, recipe, metric, original, exported, keep_float)
+        inputs = {"graph": graph, "plain": exported}
+        engine = builder.add(f"build.{precision}", "build", build, inputs)
+        targets[precision] = tuple(
+            builder.add(
+                f"build.{precision}.{device.name}", "build", {**build, "fallback": False}, inputs, device
+            )
+            for device in others
+        )
         verified = builder.add(
             f"verify.{precision}",
             "verify",
@@ -103,7 +125,7 @@ def make_plan(sources: Sources, profile: Profile, recipe: Recipe, metric: str) -
             {"original": reference, "candidate": engine},
         )
         candidates[precision] = (engine, verified)
-    return Plan(tuple(builder.steps), reference, candidates, size, metric)
+    return Plan(tuple(builder.steps), reference, candidates, targets, size, metric)
 
 
 def _graphs(builder: _Builder, recipe: Recipe, size: float) -> tuple[str, str]:
@@ -120,7 +142,13 @@ def _graphs(builder: _Builder, recipe: Recipe, size: float) -> tuple[str, str]:
 
 
 def _quantized(
-    builder: _Builder, precision: str, recipe: Recipe, metric: str, original: str, exported: str
+    builder: _Builder,
+    precision: str,
+    recipe: Recipe,
+    metric: str,
+    original: str,
+    exported: str,
+    keep_float: bool,
 ) -> str:
     """Add the step that makes a graph in another precision; INT8 is told what it may lose of the metric."""
     if precision != "int8":
@@ -133,7 +161,12 @@ def _quantized(
             "metric": metric,
             "metric_source": accuracy.source(metric),
         }
-    config = {"precision": precision, "quantize": recipe.quantize.model_dump(), "bound": bound}
+    config = {
+        "precision": precision,
+        "quantize": recipe.quantize.model_dump(),
+        "bound": bound,
+        "keep_float": keep_float,
+    }
     inputs = {"graph": exported} if bound is None else {"graph": exported, "original": original}
     return builder.add("quantize.int8", "quantize", config, inputs)
 
@@ -144,28 +177,39 @@ class _Builder:
     def __init__(self, sources: Sources, profile: Profile) -> None:
         self.steps: list[Step] = []
         self._sources = sources
-        self._profile = profile.model_dump(mode="json")
+        self._profile = profile
         self._made: dict[str, Step] = {}
 
-    def add(self, name: str, stage_name: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    def add(
+        self,
+        name: str,
+        stage_name: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        profile: Profile | None = None,
+    ) -> str:
         stage = STAGES[stage_name]
         for role, source in inputs.items():
             kind = self._made[source].stage.produces
             if kind not in stage.consumes.get(role, ()):
                 raise ValueError(f"{name}: {stage_name} does not take {kind!r} as {role!r}")
         plain = validate_config(stage, config).model_dump(mode="json")
-        step = Step(name, stage, plain, inputs, self._key(stage, plain, inputs))
+        key = self._key(stage, plain, inputs, profile or self._profile)
+        step = Step(name, stage, plain, inputs, key, profile)
         self.steps.append(step)
         self._made[name] = step
         return name
 
-    def _key(self, stage: Stage, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    def _key(
+        self, stage: Stage, config: Mapping[str, Any], inputs: Mapping[str, str], profile: Profile
+    ) -> str:
+        device = profile.model_dump(mode="json")
         ingredients = {
             "code": code_digest(stage.module, *stage.loads),
             "config": config,
             "inputs": {role: self._made[name].key for role, name in inputs.items()},
             "sources": {name: getattr(self._sources, name).digest for name in stage.reads},
-            "profile": {name: self._profile[name] for name in stage.profile},
+            "profile": {name: device[name] for name in stage.profile},
             "tools": {name: importlib.metadata.version(name) for name in stage.libraries},
         }
         return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()

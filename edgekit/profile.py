@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -244,6 +245,28 @@ def validate(path: str | Path) -> Profile:
     profile = load(path)
     plausibility.check(profile, path)
     return profile
+
+
+def shared(profile: Profile, further: tuple[Profile, ...]) -> Profile:
+    """The profile for the stages that several devices share: widths that suit all of them.
+
+    Raises:
+        BadInput: another one needs INT8 weights of seven bits, which the first one's graph would not have.
+    """
+    for other in further:
+        if other.accelerator.saturating_int8 and not profile.accelerator.saturating_int8:
+            raise BadInput(
+                f"the profile {other.name} cannot share the graph of {profile.name}",
+                "its processor saturates, so its INT8 weights have to have seven bits",
+                f"name {other.name} first, or compress for it alone",
+            )
+    alignment = {
+        precision: math.lcm(
+            *(p.alignment[precision] for p in (profile, *further) if precision in p.alignment)
+        )
+        for precision in profile.alignment
+    }
+    return profile.model_copy(update={"alignment": alignment})
 
 
 def digest(profile: Profile) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from device_agent import manifest_form
 from device_agent.manifest import Contract as ManifestContract
-from device_agent.manifest import EngineEntry, Golden, Manifest, Tolerance
+from device_agent.manifest import EngineBuild, EngineEntry, Golden, Manifest, Tolerance
 from edgekit import __version__, bundle, preprocess
-from edgekit.artifact import disk_full_is_an_error
+from edgekit.artifact import Artifact, disk_full_is_an_error
 from edgekit.models import Model
 from edgekit.preprocess import Preprocess
 from edgekit.profile import Profile
@@ -30,16 +32,28 @@ def make_bundle(
     contract: Contract,
     description: Preprocess | None,
     out: Path,
+    targets: Sequence[Artifact] = (),
 ) -> bundle.Bundle:
     """Write the bundle in both forms into ``out``.
+
+    Args:
+        outcome: with the chosen candidate.
+        model: the original.
+        profile: the device that it was searched for.
+        recipe: the settings.
+        contract: what was asked.
+        description: how raw data becomes the model's inputs.
+        out: the directory.
+        targets: what was built of the chosen candidate for further profiles.
 
     Raises:
         BadInput: the disk is full, or ``out`` holds something else under the bundle's name.
     """
     chosen = outcome.chosen
+    built = [chosen.engine, *targets]
     with disk_full_is_an_error(out), tempfile.TemporaryDirectory(prefix="edgekit-") as temporary:
         staging = Path(temporary)
-        _copy_files(staging, chosen, description)
+        _copy_files(staging, chosen, built, description)
         manifest = Manifest(
             schema=1,
             name=recipe.release.name or model.name,
@@ -52,7 +66,8 @@ def make_bundle(
             outputs=model.outputs,
             max_batch_size=chosen.engine.metadata["max_batch_size"],
             files=(),
-            engines=_engines(chosen),
+            engines=_engines(chosen, built),
+            builds=_builds(built),
             golden=Golden(
                 f"golden/{GOLDEN_INPUTS}",
                 f"golden/{GOLDEN_OUTPUTS}",
@@ -70,10 +85,16 @@ def make_bundle(
         return bundle.pack(staging, manifest, out)
 
 
-def _copy_files(staging: Path, chosen: Candidate, description: Preprocess | None) -> None:
-    for entry in chosen.engine.metadata["engines"]:
-        if entry["built"]:
-            shutil.copyfile(chosen.engine.path / entry["path"], staging / entry["path"])
+def _copy_files(
+    staging: Path, chosen: Candidate, built: Sequence[Artifact], description: Preprocess | None
+) -> None:
+    for artifact in built:
+        for entry in artifact.metadata["engines"]:
+            plan = _plan(entry)
+            for path in (entry["path"] if entry["built"] else None, *(plan.paths if plan else ())):
+                if path is not None:
+                    (staging / path).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(artifact.path / path, staging / path)
     if (chosen.engine.path / SCALES_FILE).exists():
         shutil.copyfile(chosen.engine.path / SCALES_FILE, staging / SCALES_FILE)
     (staging / "golden").mkdir()
@@ -84,12 +105,28 @@ def _copy_files(staging: Path, chosen: Candidate, description: Preprocess | None
         shutil.copyfile(source, staging / inside)
 
 
-def _engines(chosen: Candidate) -> tuple[EngineEntry, ...]:
+def _engines(chosen: Candidate, built: Sequence[Artifact]) -> tuple[EngineEntry, ...]:
     return tuple(
         EngineEntry(entry["builder"], entry["path"], chosen.precision, entry["fingerprint"])
-        for entry in chosen.engine.metadata["engines"]
+        for artifact in built
+        for entry in artifact.metadata["engines"]
         if entry["built"]
     )
+
+
+def _builds(built: Sequence[Artifact]) -> tuple[EngineBuild, ...]:
+    """How devices build their own; profiles that ask for the same build share one."""
+    builds: list[EngineBuild] = []
+    for artifact in built:
+        for entry in artifact.metadata["engines"]:
+            build = _plan(entry)
+            if build is not None and build not in builds:
+                builds.append(build)
+    return tuple(builds)
+
+
+def _plan(entry: Mapping[str, Any]) -> EngineBuild | None:
+    return manifest_form.build(EngineBuild, entry["plan"], "plan") if entry["plan"] else None
 
 
 def _contract(contract: Contract, outcome: Outcome) -> ManifestContract:

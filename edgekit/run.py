@@ -71,7 +71,7 @@ def run_plan(plan: Plan, sources: Sources, profile: Profile, store: Store, progr
             artifact = store.get(step.key)
             cached = artifact is not None
             if artifact is None:
-                artifact = _make(step, artifacts, sources, profile, store, progress.tick)
+                artifact = _make(step, artifacts, sources, step.profile or profile, store, progress.tick)
         artifacts[step.name] = artifact
         records.append(StageRecord(step.name, time.perf_counter() - begin, cached, peak()))
         progress.end(records[-1])

@@ -7,28 +7,28 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from edgekit import ort
 from edgekit.builders.registry import Built
+from edgekit.builders.work import Work
 from edgekit.errors import BadInput
 from edgekit.profile import Profile
 
 ENGINE_FILE = "model.onnx"
 
 
-def build(graph: Path, examples: list[dict[str, Any]], profile: Profile, out: Path) -> Built:
+def build(work: Work, profile: Profile, out: Path) -> Built:
     """Copy the graph into ``out`` and run it.
 
     Raises:
         BadInput: ONNX Runtime does not load it, or a row's output depends on what else is in its batch.
     """
     path = out / ENGINE_FILE
-    shutil.copyfile(graph, path)
+    shutil.copyfile(work.graph, path)
     session = ort.Session(path)
-    for example in examples:
+    for example in work.examples:
         outputs = session.run(example)
         rows = len(next(iter(example.values())))
         for name, value in outputs.items():

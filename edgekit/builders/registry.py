@@ -8,10 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgekit.builders.work import Work
 from edgekit.profile import Profile
 
 #: Runtime of a profile -> the module that builds for it, resolved when it is needed.
-BUILDERS = {"onnxruntime": "edgekit.builders.onnxruntime"}
+BUILDERS = {
+    "onnxruntime": "edgekit.builders.onnxruntime",
+    "tensorrt": "edgekit.builders.tensorrt",
+    "tensorrt_rtx": "edgekit.builders.tensorrt",
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,9 @@ class Built:
         why: the reason, where it was not built or not executed.
         path: file name in the stage's directory.
         fingerprint: what a device must match (``device_agent.manifest.EngineEntry``).
+        plan: how a device builds its own (``device_agent.manifest.EngineBuild``), where it can.
+        changes: what was rewritten in the graph for this runtime.
+        not_on_dla: nodes that fall back from the device's DLA to its GPU -> why; by table, not executed.
     """
 
     builder: str
@@ -37,6 +45,9 @@ class Built:
     why: str | None = None
     path: str | None = None
     fingerprint: Mapping[str, str] = field(default_factory=dict)
+    plan: Mapping[str, Any] | None = None
+    changes: tuple[str, ...] = ()
+    not_on_dla: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The form that artifacts and reports keep."""
@@ -46,32 +57,18 @@ class Built:
 class Builder(Protocol):
     """What a builder's module offers."""
 
-    def build(self, graph: Path, examples: list[dict[str, Any]], profile: Profile, out: Path) -> Built:
-        """Build an engine for ``graph`` into the directory ``out``."""
+    def build(self, work: Work, profile: Profile, out: Path) -> Built:
+        """Build an engine into the directory ``out``, or say how the device does."""
 
 
-def build(graph: Path, examples: list[dict[str, Any]], profile: Profile, out: Path) -> list[Built]:
-    """Build for the profile's runtime, and for ONNX Runtime, which every device can fall back to.
+def build(work: Work, profile: Profile, out: Path, *, fallback: bool) -> list[Built]:
+    """Build for the profile's runtime.
 
     Args:
-        graph: an ``.onnx`` file.
-        examples: inputs at several batch sizes, to run what was built.
+        work: what to build.
         profile: the device.
         out: directory for the engines' files.
+        fallback: whether to build for ONNX Runtime too, which every device can fall back to.
     """
-    results = []
-    for runtime in dict.fromkeys((profile.runtime.name, "onnxruntime")):
-        if runtime in BUILDERS:
-            results.append(importlib.import_module(BUILDERS[runtime]).build(graph, examples, profile, out))
-        else:
-            results.append(_no_builder(runtime, profile))
-    return results
-
-
-def _no_builder(runtime: str, profile: Profile) -> Built:
-    why = (
-        f"this version of edgekit has no builder for {runtime}; the device serves the graph with ONNX Runtime"
-    )
-    sm = profile.accelerator.sm
-    target = f"sm_{sm}" if sm else profile.architecture
-    return Built(runtime, None, target, built=False, executed=False, why=why)
+    runtimes = dict.fromkeys((profile.runtime.name, *(["onnxruntime"] if fallback else [])))
+    return [importlib.import_module(BUILDERS[runtime]).build(work, profile, out) for runtime in runtimes]

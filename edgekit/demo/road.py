@@ -55,7 +55,7 @@ def drive(seed: int, out: Path, progress: Progress, say: Callable[[str], None]) 
     weights, calib, held_out = _trained(seed, out / f"seed-{seed}", progress)
     overrides = {"seed": seed, "contract.max_drop": MAX_DROP, "release.name": "digits"}
     request = job.Request(
-        MODEL, PROFILE, str(calib), weights, str(held_out), None, None, overrides, out / "bundle"
+        MODEL, (PROFILE,), str(calib), weights, str(held_out), None, None, overrides, out / "bundle"
     )
     report = job.compress(job.prepare(request), out / "work", progress)
     say("deploying to a local agent")

@@ -128,14 +128,21 @@ class ContractResult(_Frozen):
 
 
 class EngineResult(_Frozen):
-    """An engine, or the reason that there is none."""
+    """An engine, or the reason that there is none.
 
+    ``changes`` says what was rewritten in the graph for it; ``not_on_dla`` which nodes fall back from a DLA
+    to the GPU, by the published table and not executed.
+    """
+
+    profile: str
     builder: str
     version: str | None
     target: str
     built: bool
     executed: bool
     why: str | None
+    changes: list[str]
+    not_on_dla: dict[str, str]
 
 
 class BundleResult(_Frozen):

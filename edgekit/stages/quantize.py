@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from calibration import Attempt, Choice
 
 SCALES_FILE = "scales.json"
+#: The float graph that the scales belong to, with the methods that helped.
+FLOAT_FILE = "float.onnx"
 #: Observers and methods are judged on every so-manieth calibration sample, which is not calibrated on.
 _JUDGE_EVERY = 8
 _MOST_JUDGES = 32
@@ -40,6 +42,7 @@ class Config(BaseModel):
         precision: of the graph that is made.
         quantize: None where the precision needs none.
         bound: how much of the metric INT8 may lose; None: not asked.
+        keep_float: whether builders need the float graph beside the INT8 one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +50,7 @@ class Config(BaseModel):
     precision: Literal["int8", "fp16"]
     quantize: Quantize | None
     bound: Bound | None
+    keep_float: bool = False
 
 
 def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[str, Any]:
@@ -81,11 +85,15 @@ def weight_bits(profile: Profile) -> int:
 def _to_int8(
     graph: Any, inputs: Inputs, config: Config, profile: Profile, out: Path
 ) -> tuple[Any, dict[str, Any]]:
+    import onnx
+
     settings, bits = config.quantize or Quantize(), weight_bits(profile)
     data = inputs.sources.calib.take(settings.max_samples)
     rest, judges = _split(data, settings)
     choice = _choose(graph, rest, judges, settings, bits, inputs)
     choice.scales.save(out / SCALES_FILE)
+    if config.keep_float:
+        onnx.save(choice.model, str(out / FLOAT_FILE))
     quantized, drop = choice.quantized, None
     reasons = dict.fromkeys(choice.spared, "it hurts int8 much and computes little")
     if config.bound is not None and can_judge(config.bound.metric, data):
@@ -100,6 +108,7 @@ def _to_int8(
         "calibrator": choice.observer,
         "samples": choice.scales.samples,
         "kept_high_precision": dict(report.kept_float) | reasons,
+        "in_float": sorted(reasons),
         "calibration": {
             "observer": choice.observer,
             "methods": list(choice.methods),
@@ -167,6 +176,7 @@ def _to_fp16(graph: Any, inputs: Inputs) -> tuple[Any, dict[str, Any]]:
         "calibrator": None,
         "samples": scales.samples,
         "kept_high_precision": dict(report.kept),
+        "in_float": sorted(report.kept),
         "report": asdict(report),
     }
 

@@ -97,12 +97,12 @@ STAGES: dict[str, Stage] = {
     ),
     "build": Stage(
         "edgekit.stages.build",
-        {"graph": _GRAPHS},
+        {"graph": _GRAPHS, "plain": _GRAPHS},
         "engine",
         ("model",),
-        ("runtime", "accelerator"),
-        ("onnxruntime",),
-        tuple(BUILDERS.values()),
+        ("name", "runtime", "accelerator", "memory", "dla"),
+        ("onnx", "onnxruntime"),
+        tuple(dict.fromkeys(BUILDERS.values())),
     ),
     "verify": Stage(
         "edgekit.stages.verify",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from stage_testing import dataset, run_stage, sources
 
+import calibration
+from calibration.tensorrt_cache import read_cache
+from device_agent import manifest_form
+from device_agent.manifest import EngineBuild, ShapeRange
 from edgekit import ort, profile
 from edgekit.artifact import Artifact
 from edgekit.errors import BadInput
@@ -58,15 +64,114 @@ def test_a_fixed_batch_is_what_is_promised(tmp_path: Path) -> None:
     assert made.metadata["max_batch_size"] == 1
 
 
-def test_a_runtime_without_a_builder_is_recorded(tmp_path: Path) -> None:
-    """The engine that could not be built says why, and the fallback is there."""
+def test_a_jetson_gets_a_plan_to_build_its_own(tmp_path: Path) -> None:
+    """No engine for it can be built here; the bundle says so, and has a graph in its opset to build from."""
     graph, given = graph_artifact(tmp_path / "graph", RELU, ["n", 3], ["n", 3])
     device = profile.load("jetson-agx-xavier")
     made = run_stage("build", {"max_batch_size": 4}, given, tmp_path / "out", device, graph=graph)
-    missing, fallback = made.metadata["engines"]
-    assert (missing["builder"], missing["built"], missing["target"]) == ("tensorrt", False, "sm_72")
-    assert missing["why"]
+    planned, fallback = made.metadata["engines"]
+    assert (planned["builder"], planned["built"], planned["executed"]) == ("tensorrt", False, False)
+    assert "sm 72" in planned["why"]
+    build = manifest_form.build(EngineBuild, planned["plan"], "plan")
+    assert build.requires == {"sm": "72", "tensorrt": "8.5"}
+    assert build.shapes["x"] == ShapeRange((1, 3), (4, 3), (4, 3))
+    assert onnx.load(str(made.path / build.graph)).opset_import[0].version <= 17
     assert fallback["executed"] is True
+
+
+def normalizing_artifact(out: Path) -> tuple[Artifact, Sources]:
+    """A product and a LayerNormalization, which TensorRT 8.5 lacks, as the int8 stage would leave them."""
+    random = np.random.default_rng(3)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], name="product"),
+        helper.make_node("LayerNormalization", ["m", "scale"], ["y"], name="normal"),
+    ]
+    weights = {"w": random.normal(size=(8, 8)), "scale": random.uniform(0.5, 1.5, 8)}
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8])
+    constants = [numpy_helper.from_array(v.astype(np.float32), name) for name, v in weights.items()]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [x], [y], constants), opset_imports=[helper.make_opsetid("", 18)]
+    )
+    model.ir_version = 9
+    out.mkdir(parents=True)
+    data = random.normal(size=(16, 8)).astype(np.float32)
+    plain = calibration.prepare(model)
+    scales = calibration.calibrate(plain, [{"x": data}])
+    scales.save(out / "scales.json")
+    onnx.save(plain, str(out / "float.onnx"))
+    onnx.save(calibration.quantize(plain, scales).model, str(out / "model.onnx"))
+    onnx.save(plain, str(out.with_suffix(".onnx")))
+    given = sources(load_model(out.with_suffix(".onnx")), dataset({"x": data}))
+    return Artifact("onnx", out, "s", "k", (), {"precision": "int8", "in_float": []}), given
+
+
+def test_tensorrt_8_gets_cache_and_precisions_instead_of_pairs(tmp_path: Path) -> None:
+    """For implicit int8: a float graph without LayerNormalization, its calibration cache, its precisions."""
+    graph, given = normalizing_artifact(tmp_path / "graph")
+    device = profile.load("jetson-agx-xavier")
+    config = {"max_batch_size": 4, "fallback": False}
+    made = run_stage("build", config, given, tmp_path / "out", device, graph=graph)
+    (planned,) = made.metadata["engines"]
+    build = manifest_form.build(EngineBuild, planned["plan"], "plan")
+    nodes = onnx.load(str(made.path / build.graph)).graph.node
+    assert not {"LayerNormalization", "QuantizeLinear"} & {node.op_type for node in nodes}
+    assert set(read_cache((made.path / build.calibration_cache).read_text())) >= {"x", "m"}
+    precisions = json.loads((made.path / build.layer_precisions).read_text())
+    assert precisions["product"] == "int8"
+    assert set(precisions) == {node.name for node in nodes}
+    assert "normal/Sqrt" in planned["not_on_dla"]
+
+
+def test_a_newer_tensorrt_gets_pairs_in_the_graph(tmp_path: Path) -> None:
+    """From 10 on the graph itself says int8: symmetric, with float16 around it, and no cache."""
+    graph, given = normalizing_artifact(tmp_path / "graph")
+    config = {"max_batch_size": 4, "fallback": False}
+    device = profile.load("jetson-agx-orin")
+    made = run_stage("build", config, given, tmp_path / "out", device, graph=graph)
+    build = manifest_form.build(EngineBuild, made.metadata["engines"][0]["plan"], "plan")
+    model = onnx.load(str(made.path / build.graph))
+    assert {"QuantizeLinear", "LayerNormalization"} <= {node.op_type for node in model.graph.node}
+    assert build.calibration_cache == build.layer_precisions == ""
+
+
+@pytest.mark.parametrize("name", ["rtx-a2000", "rtx-4000-ada", "rtx-pro-blackwell"])
+def test_an_rtx_engine_is_really_built(tmp_path: Path, name: str) -> None:
+    """TensorRT-RTX builds for a GPU that is not here; the engine's fingerprint names GPU, build and graph."""
+    pytest.importorskip("tensorrt_rtx", reason="needs the wheel tensorrt-rtx-cu13")
+    graph, given = normalizing_artifact(tmp_path / "graph")
+    device = profile.load(name)
+    config = {"max_batch_size": 4, "fallback": False}
+    made = run_stage("build", config, given, tmp_path / "out", device, graph=graph)
+    (engine,) = made.metadata["engines"]
+    assert engine["built"], engine["why"]
+    assert (engine["executed"], engine["why"]) == (False, "there is no such GPU here")
+    assert (made.path / engine["path"]).stat().st_size > 1000
+    build = manifest_form.build(EngineBuild, engine["plan"], "plan")
+    graph_digest = hashlib.sha256((made.path / build.graph).read_bytes()).hexdigest()
+    assert engine["fingerprint"] == {
+        "sm": str(device.accelerator.sm),
+        "tensorrt_rtx": engine["version"],
+        "precision": "int8",
+        "graph": graph_digest,
+    }
+
+
+def test_what_tensorrt_rtx_refuses_is_said_in_its_words(tmp_path: Path) -> None:
+    """Turing has no float32 products in TensorRT-RTX: no engine, and the reason, but still a plan."""
+    pytest.importorskip("tensorrt_rtx", reason="needs the wheel tensorrt-rtx-cu13")
+    nodes = [helper.make_node("MatMul", ["x", "large"], ["y"], name="product")]
+    graph, given = graph_artifact(tmp_path / "graph", nodes, ["n", 3], ["n", 3])
+    turing = profile.load("rtx-a2000")
+    turing = turing.model_copy(
+        update={"accelerator": turing.accelerator.model_copy(update={"sm": 75}), "name": "turing"}
+    )
+    config = {"max_batch_size": 4, "fallback": False}
+    made = run_stage("build", config, given, tmp_path / "out", turing, graph=graph)
+    (engine,) = made.metadata["engines"]
+    assert engine["built"] is False
+    assert "FP32 GEMM is not supported" in engine["why"]
+    assert engine["path"] is None
 
 
 def test_numbers_that_overflow_are_refused(tmp_path: Path) -> None:

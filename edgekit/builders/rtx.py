@@ -1,0 +1,143 @@
+"""TensorRT-RTX in a process of its own: a graph that makes it crash costs an answer, not the run.
+
+ask([Job("model.onnx")])                              does its parser take the graph?
+ask([Job("model.onnx", "SM89", shapes, "m.engine")])  build an engine for a GPU that need not be here
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_NOT_INSTALLED = "TensorRT-RTX is not installed here (the package tensorrt-rtx-cu13)"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A question.
+
+    Attributes:
+        graph: an ``.onnx`` file.
+        architecture: such as ``SM89``; None: only parse.
+        shapes: input -> least, usual and most, as in ``ShapeRange``; empty where all sizes are fixed.
+        engine: file to write the engine to.
+    """
+
+    graph: str
+    architecture: str | None = None
+    shapes: Mapping[str, Mapping[str, Sequence[int]]] | None = None
+    engine: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What TensorRT-RTX said.
+
+    Attributes:
+        version: of it; None where it is not installed.
+        accepted: whether it parsed, or built where that was asked.
+        why: its own words, where it did not.
+    """
+
+    version: str | None
+    accepted: bool
+    why: str
+
+
+def ask(jobs: Sequence[Job], timeout_s: float) -> list[Answer]:
+    """Answer every job in turn; after a crash the next process goes on with the job behind it.
+
+    Args:
+        jobs: the questions.
+        timeout_s: the longest that one process may take.
+    """
+    answers: list[Answer] = []
+    while len(answers) < len(jobs):
+        answers += _run(jobs[len(answers) :], timeout_s)
+    return answers
+
+
+def _run(jobs: Sequence[Job], timeout_s: float) -> list[Answer]:
+    """Answers of one process: all of them, or those up to the one that it did not survive."""
+    with tempfile.TemporaryDirectory(prefix="edgekit-") as temporary:
+        questions, answers = Path(temporary, "jobs.json"), Path(temporary, "answers.jsonl")
+        questions.write_text(json.dumps([asdict(job) for job in jobs]))
+        answers.touch()
+        try:
+            ended = subprocess.run(
+                [sys.executable, "-m", __name__, str(questions), str(answers)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=timeout_s,
+                check=False,
+            )
+            how = f"TensorRT-RTX died with exit code {ended.returncode}"
+        except subprocess.TimeoutExpired:
+            how = f"TensorRT-RTX took more than {timeout_s:g} s"
+        found = [Answer(**json.loads(line)) for line in answers.read_text().splitlines()]
+    if len(found) < len(jobs):
+        found.append(Answer(None, False, how))
+    return found
+
+
+# The child
+
+
+def main(questions: Path, answers: Path) -> None:
+    """Answer the jobs in a file, a line each."""
+    jobs = [Job(**raw) for raw in json.loads(questions.read_text())]
+    with answers.open("a", encoding="utf-8") as stream:
+        for job in jobs:
+            stream.write(json.dumps(asdict(_answer(job))) + "\n")
+            stream.flush()
+
+
+def _answer(job: Job) -> Answer:
+    try:
+        import tensorrt_rtx as trt
+    except ImportError:
+        return Answer(None, False, _NOT_INSTALLED)
+    from device_agent.engines.tensorrt_build import BuildError, BuildSettings, build_engine
+    from device_agent.manifest import ShapeRange
+
+    version = str(trt.__version__)
+    graph = Path(job.graph).read_bytes()
+    if job.architecture is None or job.engine is None:
+        why = _parse(trt, graph, job.graph)
+        return Answer(version, why is None, why or "")
+    if not hasattr(trt.ComputeCapability, job.architecture):
+        return Answer(version, False, f"TensorRT-RTX {version} does not build for {job.architecture}")
+    ranges = {
+        name: ShapeRange(*(tuple(shape[key]) for key in ("least", "usual", "most")))
+        for name, shape in (job.shapes or {}).items()
+    }
+    settings = BuildSettings(profiles=(ranges,) if ranges else (), compute_capabilities=(job.architecture,))
+    try:
+        built = build_engine(trt, graph, settings, job.graph)
+    except BuildError as error:
+        return Answer(version, False, str(error))
+    Path(job.engine).write_bytes(built.engine)
+    return Answer(version, True, "")
+
+
+def _parse(trt: Any, graph: bytes, path: str) -> str | None:
+    """Why the parser refuses; None: it does not."""
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if parser.parse(graph, path):
+        return None
+    errors = [parser.get_error(number) for number in range(parser.num_errors)]
+    return "; ".join(f"{error.node_operator()} '{error.node_name()}': {error.desc()}" for error in errors)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,155 @@
+"""TensorRT: engines ahead of time where that is possible, and for every device a plan to build its own.
+
+TensorRT-RTX builds for its GPUs on any machine. TensorRT itself builds only on a GPU of the same kind, with
+the same release: for a Jetson the bundle carries the lowered graph and the settings, and the device builds.
+Neither is executed here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from device_agent.engines.tensorrt_build import BuildError, serving_ranges
+from device_agent.manifest import EngineBuild, ShapeRange
+from edgekit.builders import rtx
+from edgekit.builders.registry import Built
+from edgekit.builders.tensorrt_graph import TensorRtGraph, make
+from edgekit.builders.work import Work
+from edgekit.errors import BadInput
+from edgekit.lowering.tables import dla_for_profile, for_profile, lowest_version
+from edgekit.profile import Profile
+
+#: Sizes of free axes besides the batch, such as a sequence's length: least, usual, largest.
+FREE_AXIS = (1, 128, 512)
+#: Share of the device's memory that one layer may take while it runs.
+_WORKSPACE_FRACTION = 1 / 16
+_MOST_WORKSPACE_BYTES = 4 << 30
+#: They say what a tensor is made of, and are no work that has to run anywhere.
+_PRECISION_ONLY = {"Cast", "QuantizeLinear", "DequantizeLinear"}
+#: Longest build ahead of time; none of the tried graphs took a tenth of it.
+_BUILD_TIMEOUT_S = 600
+
+
+def build(work: Work, profile: Profile, out: Path) -> Built:
+    """Make the graph for the profile's TensorRT, and the engine where it can be built here.
+
+    Raises:
+        BadInput: a graph that was rewritten for its parser does not compute the same.
+    """
+    table = for_profile(profile)
+    if table is None:
+        return _not_built(profile, f"no table of operators for TensorRT {lowest_version(profile)} or older")
+    graph = make(work, profile, table)
+    if graph.refused:
+        first = graph.refused[0]
+        return _not_built(profile, f"its parser does not take {first.op_type} '{first.node}': {first.why}")
+    try:
+        shapes = serving_ranges(work.shapes, (1, work.max_batch_size), FREE_AXIS)
+    except BuildError as error:
+        raise BadInput("the model's shapes do not suit TensorRT", str(error), "fix its axes") from error
+    path = _write(graph.model, ".onnx", out)
+    plan = _plan(work, profile, graph, shapes, path, out)
+    facts = {
+        "plan": asdict(plan),
+        "changes": graph.changes,
+        "not_on_dla": _not_on_dla(profile, graph.names),
+    }
+    if profile.runtime.name == "tensorrt":
+        why = (
+            f"an engine fits one GPU and one TensorRT; a device with sm {profile.accelerator.sm} and "
+            f"TensorRT {lowest_version(profile)} builds it from {path} and serves with ONNX Runtime before"
+        )
+        return _not_built(profile, why, **facts)
+    return _ahead_of_time(work, profile, out / path, shapes, out, facts)
+
+
+def target(profile: Profile) -> str:
+    """What an engine is built for, in words."""
+    return f"sm_{profile.accelerator.sm}, {profile.runtime.name} {profile.runtime.versions}"
+
+
+def _ahead_of_time(
+    work: Work,
+    profile: Profile,
+    graph: Path,
+    shapes: Mapping[str, ShapeRange],
+    out: Path,
+    facts: Mapping[str, Any],
+) -> Built:
+    sm = str(profile.accelerator.sm)
+    engine = out / "engines" / f"{graph.stem}.sm{sm}.engine"
+    engine.parent.mkdir(exist_ok=True)
+    job = rtx.Job(str(graph), f"SM{sm}", {name: asdict(shape) for name, shape in shapes.items()}, str(engine))
+    (answer,) = rtx.ask([job], timeout_s=_BUILD_TIMEOUT_S)
+    if answer.version is None or not answer.accepted:
+        engine.unlink(missing_ok=True)
+        return _not_built(profile, answer.why, version=answer.version, **facts)
+    return Built(
+        profile.runtime.name,
+        answer.version,
+        target(profile),
+        built=True,
+        executed=False,
+        why="there is no such GPU here",
+        path=str(engine.relative_to(out)),
+        fingerprint={
+            "sm": sm,
+            profile.runtime.name: answer.version,
+            "precision": work.precision,
+            "graph": hashlib.sha256(graph.read_bytes()).hexdigest(),
+        },
+        **facts,
+    )
+
+
+def _plan(
+    work: Work,
+    profile: Profile,
+    graph: TensorRtGraph,
+    shapes: Mapping[str, ShapeRange],
+    path: str,
+    out: Path,
+) -> EngineBuild:
+    version = lowest_version(profile)
+    return EngineBuild(
+        runtime=profile.runtime.name,
+        graph=path,
+        precision=work.precision,
+        requires={
+            "sm": str(profile.accelerator.sm),
+            profile.runtime.name: f"{version.major}.{version.minor}",
+        },
+        shapes=dict(shapes),
+        workspace_bytes=min(int(profile.memory.size_bytes * _WORKSPACE_FRACTION), _MOST_WORKSPACE_BYTES),
+        calibration_cache=_write(graph.cache.encode(), ".cache", out) if graph.cache else "",
+        layer_precisions=_write(graph.precisions.encode(), ".json", out) if graph.precisions else "",
+    )
+
+
+def _write(content: bytes, suffix: str, out: Path) -> str:
+    """Write a file named after its content, so that profiles which share it share it in the bundle too."""
+    path = Path("builds") / f"{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
+    (out / path).parent.mkdir(exist_ok=True)
+    (out / path).write_bytes(content)
+    return str(path)
+
+
+def _not_on_dla(profile: Profile, names: Mapping[str, str]) -> dict[str, str]:
+    dla = dla_for_profile(profile)
+    if dla is None:
+        return {}
+    return {
+        name: f"the DLA has no {op_type}"
+        for name, op_type in names.items()
+        if op_type not in dla.operators | _PRECISION_ONLY
+    }
+
+
+def _not_built(profile: Profile, why: str, version: str | None = None, **facts: Any) -> Built:
+    return Built(
+        profile.runtime.name, version, target(profile), built=False, executed=False, why=why, **facts
+    )
