@@ -53,7 +53,7 @@ def build(work: Work, profile: Profile, out: Path) -> Built:
         raise BadInput("the model's shapes do not suit TensorRT", str(error), "fix its axes") from error
     path = _write(graph.model, ".onnx", out)
     plan = _plan(work, profile, graph, shapes, path, out)
-    facts = {
+    facts: dict[str, Any] = {
         "plan": asdict(plan),
         "changes": graph.changes,
         "not_on_dla": _not_on_dla(profile, graph.names),

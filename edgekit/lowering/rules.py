@@ -142,7 +142,9 @@ def einsum(node: NodeProto, view: View) -> list[NodeProto] | None:
     value = attribute(node, "equation", b"")
     equation = value.decode() if isinstance(value, bytes) else ""
     free = iter(sorted(set("abcdefghijklmnopqrstuvwxyz") - set(equation)))
-    names = {letter: next(free, "") for letter in sorted(set(equation)) if letter.isupper()}
+    names: dict[str, str | int | None] = {
+        letter: next(free, "") for letter in sorted(set(equation)) if letter.isupper()
+    }
     if "" in names.values():
         return None
     chain = view.chain(node)

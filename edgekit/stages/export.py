@@ -68,6 +68,15 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     return {"exporter": exporter, "why": why, **facts.as_json(), "params": parameter_count(module)}
 
 
+def portable(model: Model, path: Path) -> None:
+    """Write an unchanged torch model as the graph that ``compress`` starts from.
+
+    Raises:
+        BadInput: as ``run``.
+    """
+    _export(model.module(), model, PREFERRED_OPSET, path)
+
+
 def _take_over(model: Model, path: Path, profile: Profile) -> dict[str, Any]:
     """Use an ONNX model as it is, its external data included, in one file."""
     import onnx
