@@ -17,6 +17,8 @@ import pytest
 from conftest import Compressed
 from host_testing import HERE, RECIPE, Forker, TinyModel, assert_three_lines
 
+from calibration.tensorrt_cache import read_cache
+from device_agent.manifest import read
 from edgekit import bundle
 from edgekit.artifact import open_store
 
@@ -267,18 +269,54 @@ def test_a_latency_nobody_measured_is_not_met(
     assert "latency_ms" in result.json()["why"]
 
 
-def test_a_device_without_a_builder_here_says_so(
+DRAWER = "x86-cpu,jetson-agx-xavier,jetson-agx-orin,rtx-4000-ada"
+
+
+def test_one_run_serves_a_drawer_of_devices(
     compressed: Compressed, tiny: TinyModel, forked: Forker, tmp_path: Path
 ) -> None:
-    """For a TensorRT device the bundle holds the portable graph, and the missing engine has its reason."""
-    argv = tiny.compress_argv(compressed.workdir, tmp_path, profile="jetson-agx-orin", size=0.6)
+    """Four profiles: the shared stages run once, and one bundle holds an engine or a plan for each device."""
+    pytest.importorskip("tensorrt_rtx", reason="needs the wheel tensorrt-rtx-cu13")
+    argv = tiny.compress_argv(compressed.workdir, tmp_path, profile=DRAWER, size=0.6)
     result = forked.run(*argv, cwd=tiny.home)
     assert result.code == 0, result.err
     document = result.json()
     jsonschema.validate(document, SCHEMA)
-    engines = {engine["builder"]: engine for engine in document["engines"]}
-    assert engines["tensorrt"]["built"] is False
-    assert engines["onnxruntime"]["executed"] is True
+    stages = [stage["name"].split(".")[0] for stage in document["stages"]]
+    assert [stages.count(name) for name in ("prune", "recover", "quantize", "verify", "build")] == [
+        1,
+        1,
+        1,
+        1,
+        5,
+    ]
+    engines = {engine["profile"]: engine for engine in document["engines"]}
+    assert {name: (engine["built"], engine["executed"]) for name, engine in engines.items()} == {
+        "x86-cpu": (True, True),
+        "jetson-agx-xavier": (False, False),
+        "jetson-agx-orin": (False, False),
+        "rtx-4000-ada": (True, False),
+    }
+    home = Path(document["bundle"]["path"])
+    manifest, _ = read(home)
+    assert [(engine.runtime, engine.fingerprint.get("sm")) for engine in manifest.engines] == [
+        ("onnxruntime", None), ("tensorrt_rtx", "89"),
+    ]  # fmt: skip
+    plans = {plan.requires["sm"]: plan for plan in manifest.builds}
+    assert set(plans) == {"72", "87", "89"}
+    xavier = onnx.load(str(home / plans["72"].graph))
+    assert xavier.opset_import[0].version <= 17
+    assert not {"LayerNormalization", "QuantizeLinear"} & {node.op_type for node in xavier.graph.node}
+    assert read_cache((home / plans["72"].calibration_cache).read_text())
+    assert "int8" in json.loads((home / plans["72"].layer_precisions).read_text()).values()
+
+
+def test_devices_that_cannot_share_a_graph_are_refused(
+    tiny: TinyModel, forked: Forker, tmp_path: Path
+) -> None:
+    """A processor that saturates needs other INT8 weights: it is named, with what to do."""
+    argv = tiny.compress_argv(tmp_path / "w", tmp_path, profile="x86-cpu,x86-cpu-avx2")
+    assert "name x86-cpu-avx2 first" in assert_three_lines(forked.run(*argv, cwd=tiny.home), 2)
 
 
 # Bad input: exit 2, three lines, nothing written

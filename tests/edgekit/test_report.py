@@ -71,13 +71,20 @@ def test_the_page_says_what_is_not_met(compressed: Compressed) -> None:
     document["contract"].update(met=False, unmet=["latency"], why={"latency": "p95 is 9 ms"})
     document["engines"].append(
         {
-            "builder": "tensorrt", "version": None, "target": "sm_72", "built": False, "executed": False,
-            "why": "no driver here",
+            "profile": "jetson-agx-xavier", "builder": "tensorrt",
+            "version": None, "target": "sm_72", "built": False, "executed": False,
+            "why": "no driver here", "changes": ["opset lowered"], "not_on_dla": {"normal": "no such layer"},
         }
     )  # fmt: skip
     document["chosen"]["pruning"] = None
     text = " ".join(Page(render(Report.model_validate(document))).words)
-    for words in ("The contract is not met: latency", "p95 is 9 ms", "no driver here"):
+    for words in (
+        "The contract is not met: latency",
+        "p95 is 9 ms",
+        "no driver here",
+        "opset lowered",
+        "normal",
+    ):
         assert words in text
 
 
