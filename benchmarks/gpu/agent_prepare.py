@@ -11,6 +11,7 @@ own, trained for one epoch.
     resnet50   ResNet-50, random weights, 224 x 224
     pruned     the same with 0.35 of the parameters, widths in multiples of 32
     ragged     the same with 0.35 of the parameters, widths as they come
+    nonzero    one operator (OUT/nonzero.onnx): an output whose size only the data decides
     encoder    a text encoder of MiniLM's shape (6 layers, 384 wide, 1,000 words), random weights,
                without LayerNormalization, which TensorRT 8.5 does not parse
 """
@@ -50,6 +51,16 @@ def main() -> None:
     for name, widths in (("resnet50", _WIDTHS), ("pruned", _PRUNED), ("ragged", _RAGGED)):
         _write(options.out / name, ResNet(widths), {"image": images}, seeded=True)
     _write(options.out / "encoder", *_encoder(), seeded=True)
+    onnx.save(nonzero(), str(options.out / "nonzero.onnx"))
+
+
+def nonzero() -> onnx.ModelProto:
+    """Where a vector of eight is not zero: an output whose size only the data decides."""
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [8])
+    y = onnx.helper.make_tensor_value_info("where", onnx.TensorProto.INT64, [1, "count"])
+    node = onnx.helper.make_node("NonZero", ["x"], ["where"])
+    graph = onnx.helper.make_graph([node], "nonzero", [x], [y])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
 
 
 def _write(out: Path, module: nn.Module, inputs: dict[str, Array], *, seeded: bool) -> None:
@@ -107,8 +118,9 @@ def _blank(model: onnx.ModelProto, drawn: dict[str, tuple[int, float]]) -> list[
     data = model.SerializeToString()
     for tensor in model.graph.initializer:
         kind = {onnx.TensorProto.FLOAT: "<f4", onnx.TensorProto.FLOAT16: "<f2"}.get(tensor.data_type)
-        if tensor.name in drawn and kind is not None:
-            places.append([data.index(tensor.raw_data), list(tensor.dims), *drawn[tensor.name], kind])
+        name = tensor.name[:-5] if tensor.name.endswith("_fp16") else tensor.name  # as `to_fp16` names them
+        if name in drawn and kind is not None:
+            places.append([data.index(tensor.raw_data), list(tensor.dims), *drawn[name], kind])
             tensor.raw_data = bytes(len(tensor.raw_data))
     return places
 

@@ -1,0 +1,80 @@
+"""What a careful person writes by hand: pinned memory, one stream, ``execute_async_v3``; with pycuda."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict
+
+import numpy as np
+import pycuda.driver as cuda
+import tensorrt as trt
+
+_LOGGER = trt.Logger(trt.Logger.ERROR)
+
+
+class Bare:
+    """An engine in a bare loop."""
+
+    def __init__(self, path: Path) -> None:
+        cuda.init()
+        self._cuda = cuda.Device(0).retain_primary_context()
+        self._cuda.push()
+        self._runtime = trt.Runtime(_LOGGER)
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        self._context = self._engine.create_execution_context()
+        self._stream = cuda.Stream()
+        self._begin, self._end = cuda.Event(), cuda.Event()
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        mode = trt.TensorIOMode.INPUT
+        self._inputs = [n for n in names if self._engine.get_tensor_mode(n) == mode]
+        self._output = next(n for n in names if n not in self._inputs)
+        self._shapes: Any = None
+        self._host: Dict[str, Any] = {}
+        self._device: Dict[str, Any] = {}
+        self._cuda.pop()
+
+    def run(self, inputs: Dict[str, np.ndarray]) -> np.ndarray:
+        """Copy in, run, copy out, wait."""
+        self._cuda.push()
+        shapes = [inputs[name].shape for name in self._inputs]
+        if shapes != self._shapes:
+            self._allocate(inputs, shapes)
+        for name in self._inputs:
+            np.copyto(self._host[name], inputs[name], casting="unsafe")  # INT64 where clients have it
+            cuda.memcpy_htod_async(self._device[name], self._host[name], self._stream)
+        if not self._context.execute_async_v3(self._stream.handle):
+            raise RuntimeError("execute_async_v3 failed")
+        cuda.memcpy_dtoh_async(self._host[self._output], self._device[self._output], self._stream)
+        self._stream.synchronize()
+        output: np.ndarray = self._host[self._output].copy()
+        self._cuda.pop()
+        return output
+
+    def timed(self) -> float:
+        """Milliseconds of the layers alone, by events, in the shapes of the last run."""
+        self._cuda.push()
+        self._begin.record(self._stream)
+        self._context.execute_async_v3(self._stream.handle)
+        self._end.record(self._stream)
+        self._end.synchronize()
+        milliseconds = float(self._end.time_since(self._begin))
+        self._cuda.pop()
+        return milliseconds
+
+    def close(self) -> None:
+        """Free it."""
+        self._cuda.push()
+        self._context = self._engine = None
+        self._host.clear()
+        self._device.clear()
+        self._cuda.pop()
+
+    def _allocate(self, inputs: Dict[str, np.ndarray], shapes: Any) -> None:
+        for name in self._inputs:
+            self._context.set_input_shape(name, inputs[name].shape)
+        for name in [*self._inputs, self._output]:
+            dtype = trt.nptype(self._engine.get_tensor_dtype(name))
+            self._host[name] = cuda.pagelocked_empty(tuple(self._context.get_tensor_shape(name)), dtype)
+            self._device[name] = cuda.mem_alloc(self._host[name].nbytes)
+            self._context.set_tensor_address(name, int(self._device[name]))
+        self._shapes = shapes

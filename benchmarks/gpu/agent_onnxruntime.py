@@ -1,0 +1,86 @@
+"""ONNX Runtime's CUDA provider through the agent's own engine: what one would serve with without TensorRT.
+
+    python3 benchmarks/gpu/agent_onnxruntime.py MODELS --json FILE
+
+MODELS comes from ``agent_prepare.py``. Needs onnxruntime-gpu with its CUDA and cuDNN; any Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import onnxruntime  # noqa: E402
+
+from agent_models import Model, error, interleaved, unpack  # noqa: E402
+from device_agent.engines import onnxruntime as runtime  # noqa: E402
+from device_agent.engines.base import EngineSettings  # noqa: E402
+
+BATCHES = (1, 8, 32)
+
+
+def main() -> None:
+    """Time every model in float and in half precision, bound and through plain ``run``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", type=Path)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("agent-onnxruntime-work"))
+    parser.add_argument("--rounds", type=int, default=200)
+    options = parser.parse_args()
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()
+    figures = {}
+    for path in sorted(path for path in options.models.iterdir() if path.is_dir()):
+        directory = options.work / path.name
+        unpack(path, directory)
+        model = Model(directory)
+        for precision, graph in (("fp32", "model.onnx"), ("fp16", "half.onnx")):
+            figures[f"{path.name} {precision}"] = _figures(model, directory / graph, options.rounds)
+            print(path.name, precision, figures[f"{path.name} {precision}"], flush=True)
+            options.json.write_text(json.dumps(_document(figures, options.rounds), indent=1))
+
+
+def _figures(model: Model, graph: Path, rounds: int) -> dict:
+    engine = runtime.open_graph(graph, EngineSettings())
+    session = onnxruntime.InferenceSession(str(graph), providers=["CUDAExecutionProvider"])
+    found: dict = {
+        "providers": session.get_providers(),
+        **error(engine.run(model.inputs)[model.output], model.reference),
+    }
+    for rows in BATCHES:
+        inputs = model.batch(rows)
+        timed = interleaved(
+            rounds, {"agent": (engine.run, inputs), "session.run": (session.run, None, inputs)}
+        )
+        found[f"batch {rows}"] = {
+            **{name: values["p50_ms"] for name, values in timed.items()},
+            "ratio_p50": timed["agent"]["p50_ms"] / timed["session.run"]["p50_ms"],
+        }
+    engine.close()
+    return found
+
+
+def _document(figures: dict, rounds: int) -> dict:
+    return {
+        "name": "agent_onnxruntime",
+        "claim": "ONNX Runtime's CUDA provider, as an alternative to TensorRT",
+        "figures": figures,
+        "runs": rounds,
+        "conditions": {
+            "onnxruntime": onnxruntime.__version__,
+            "fingerprint": dict(runtime.fingerprint()),
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

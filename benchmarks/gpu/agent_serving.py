@@ -1,0 +1,97 @@
+"""Requests a second that the agent answers within a p99, with dynamic batching and without. Python 3.8.
+
+The agent serves the text encoder's fp16 engine over HTTP; the clients (``load.py``, under the system's
+Python) are a process of their own that does not wait for answers. A rate counts if its p99 is within the
+bound and every request was answered. "Without" is the same bundle with max_batch_size 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, List
+
+from agent_process import Agent, seed_timings
+
+P99_MS = (5.0, 10.0)
+SECONDS = 3.0
+_LOAD = Path(__file__).parent / "load.py"
+_RATES = (
+    200,
+    400,
+    600,
+    800,
+    1000,
+    1200,
+    1500,
+    1800,
+    2200,
+    2600,
+    3000,
+    3500,
+    4000,
+    5000,
+    6000,
+    7000,
+    8000,
+    9000,
+)
+
+
+def run(bench: Any) -> Dict[str, Any]:
+    """Climb until a rate cannot be held, for each of the two; twice, in turn."""
+    model = bench.models["encoder"]
+    agents = {}
+    for name, changes in (("batched", {}), ("alone", {"max_batch_size": 1})):
+        root = bench.work / "serving" / name
+        bundle = model.bundle(root / "bundle", "fp16", **changes)
+        seed_timings(root / "state", bench.work / "timing.cache")
+        agents[name] = Agent(root).start()
+        agents[name].install(bundle)
+        agents[name].wait("built")
+    row = {name: array[:1] for name, array in model.inputs.items()}
+    request = bench.work / "request.json"
+    request.write_text(json.dumps({name: [str(x.dtype), x.tolist()] for name, x in row.items()}))
+    climbs: Dict[str, List[Any]] = {"batched": [], "alone": []}
+    try:
+        for _ in range(1 if bench.quick else 2):
+            for name in ("alone", "batched"):
+                climbs[name].append(_climb(agents[name].http, request))
+                print(name, climbs[name][-1], flush=True)
+        batches = agents["batched"].metric("edgekit_inference_batch_rows_bucket")
+    finally:
+        for agent in agents.values():
+            agent.stop()
+    found: Dict[str, Any] = {"climbs": climbs, "batch_rows": batches, "at_p99": {}}
+    for bound in P99_MS:
+        best = {name: max((_best(climb, bound) for climb in climbs[name]), default=0.0) for name in climbs}
+        ratio = best["batched"] / best["alone"] if best["alone"] else None
+        found["at_p99"][f"{bound:g} ms"] = {**best, "ratio": ratio}
+    return found
+
+
+def _best(climb: List[Dict[str, Any]], bound_ms: float) -> float:
+    held = [trial for trial in climb if trial["p99_ms"] <= bound_ms and trial["held"]]
+    return max((float(trial["rate"]) for trial in held), default=0.0)
+
+
+def _climb(address: str, request: Path) -> List[Dict[str, Any]]:
+    trials = []
+    for rate in _RATES:
+        trial = _trial(address, request, rate)
+        trials.append(trial)
+        if trial["p99_ms"] > 4 * max(P99_MS) or not trial["held"]:
+            break
+    return trials
+
+
+def _trial(address: str, request: Path, rate: int) -> Dict[str, Any]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LD_"))}
+    done = subprocess.run(
+        ["python3", str(_LOAD), address, str(request), str(rate), str(SECONDS)],
+        env=clean, stdout=subprocess.PIPE, timeout=60, check=True,
+    )  # fmt: skip
+    trial: Dict[str, Any] = json.loads(done.stdout)
+    return trial
