@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from device_agent.manifest import Contract, Golden, Manifest, Step, TensorSpec, 
 from edgekit import __version__, bundle, ort
 from edgekit.errors import BadInput
 from edgekit.profile import Profile
-from edgekit.tensors import Arrays, protocol_dtype
+from edgekit.tensors import Arrays, spec_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
@@ -197,16 +197,9 @@ def _specs(steps: Sequence[Step], models: Mapping[str, ModelProto]) -> dict[str,
         model = models[step.name]
         for names, infos in ((step.inputs, _inputs(model)), (step.outputs, model.graph.output)):
             for info in infos:
-                specs.setdefault(names[info.name], _spec(names[info.name], info))
+                name = names[info.name]
+                specs.setdefault(name, replace(spec_of(info), name=name))
     return specs
-
-
-def _spec(name: str, info: ValueInfoProto) -> TensorSpec:
-    import onnx
-
-    tensor = info.type.tensor_type
-    shape = tuple(dim.dim_value if dim.dim_value > 0 else -1 for dim in tensor.shape.dim)
-    return TensorSpec(name, protocol_dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape)
 
 
 def _stage(staging: Path, steps: Sequence[Step], models: Mapping[str, ModelProto]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import preprocess, profile, release, search
+from edgekit import postprocess, preprocess, profile, release, search
 from edgekit.artifact import Artifact, Store, disk_full_is_an_error, open_store
 from edgekit.bundle import Bundle
 from edgekit.data import Dataset, load_data
@@ -19,6 +19,7 @@ from edgekit.errors import BadInput
 from edgekit.measure import accuracy
 from edgekit.models import Model, load_model
 from edgekit.plan import Plan, make_plan
+from edgekit.postprocess import Postprocess
 from edgekit.preprocess import Preprocess
 from edgekit.profile import Profile
 from edgekit.recipe import Contract, Recipe, load_recipe
@@ -93,7 +94,7 @@ def prepare(request: Request) -> Prepared:
         train = load_data(request.train, description, model.inputs, recipe.seed)
     _not_empty(calib, request.calib)
     _not_empty(held_out, request.eval or request.calib)
-    sources = Sources(model, calib, train, held_out)
+    sources = Sources(model, calib, train, held_out, _load_postprocess(request, recipe, model))
     metric = accuracy.choose(recipe.metric, held_out.has_labels)
     plan = make_plan(sources, profile.shared(device, further), recipe, metric, further)
     out = request.out or Path(f"{recipe.release.name or model.name}-{device.name}")
@@ -123,7 +124,7 @@ def compress(prepared: Prepared, workdir: Path, progress: Progress) -> Report:
         targets = [ran.artifacts[name] for name in prepared.plan.targets[outcome.chosen.precision]]
         made = release.make_bundle(
             outcome,
-            prepared.sources.model,
+            prepared.sources,
             prepared.profile,
             prepared.recipe,
             contract,
@@ -147,6 +148,13 @@ def _load_model(request: Request, recipe: Recipe) -> tuple[Model, Preprocess | N
         sample = next(load_data(request.calib, description, None, recipe.seed).samples()).inputs
     model = load_model(request.model, request.weights, sample=sample, preprocess=description)
     return model, model.preprocess
+
+
+def _load_postprocess(request: Request, recipe: Recipe, model: Model) -> Postprocess | None:
+    if recipe.postprocessing is None:
+        return None
+    base = request.recipe.parent if request.recipe else Path()
+    return postprocess.load(recipe.postprocessing.graph, base, model.outputs)
 
 
 def _not_empty(data: Dataset, spec: str) -> None:

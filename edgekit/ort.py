@@ -58,6 +58,30 @@ class Session:
         return dict(zip(self.outputs, self._session.run(None, feed), strict=True))
 
 
+class Chain:
+    """A model with what is computed behind it; runs as one, and gives the outputs of both.
+
+    Attributes:
+        outputs: names of the outputs, the model's first.
+    """
+
+    def __init__(self, model: Session, behind: Session | None) -> None:
+        self._model = model
+        self._behind = behind
+        self.inputs = model.inputs
+        self.outputs = model.outputs + (behind.outputs if behind else ())
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Run once; arrays by output name."""
+        made = self._model.run(inputs)
+        return made if self._behind is None else {**made, **self._behind.run(made)}
+
+
+def open_chain(graph: Path | bytes, behind: bytes | None, threads: int | None = None) -> Chain:
+    """Load a model's graph, and the graph behind it if there is one; raises BadInput as ``Session``."""
+    return Chain(Session(graph, threads), None if behind is None else Session(behind, threads))
+
+
 def default_threads() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -208,7 +208,7 @@ class _Builder:
             "code": code_digest(stage.module, *stage.loads),
             "config": config,
             "inputs": {role: self._made[name].key for role, name in inputs.items()},
-            "sources": {name: getattr(self._sources, name).digest for name in stage.reads},
+            "sources": {name: self._sources.digest(name) for name in stage.reads},
             "profile": {name: device[name] for name in stage.profile},
             "tools": {name: importlib.metadata.version(name) for name in stage.libraries},
         }

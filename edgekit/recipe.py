@@ -125,6 +125,13 @@ class Measure(_Frozen):
     """The metric is computed on at most this many held-out samples."""
 
 
+class Postprocessing(_Frozen):
+    """What the device computes behind the model, outside of its compression (docs/detection.md)."""
+
+    graph: str
+    """An ONNX file, relative to the recipe, or ``package.module:fn`` that returns an ONNX model."""
+
+
 class Release(_Frozen):
     """How the bundle presents itself to devices."""
 
@@ -142,7 +149,7 @@ class Recipe(_Frozen):
     """CPU threads of training and of measured runs; None: the CPUs that the process may use."""
     precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
     metric: str | None = None
-    """``top1``, ``f1``, ``cosine``, ``sqnr`` or ``module:fn``; None: top1 with labels, else cosine."""
+    """``top1``, ``f1``, ``map``, ``cosine``, ``sqnr`` or ``module:fn``; None: top1 with labels, else cosine."""
     contract: Contract = Contract()
     prune: Prune = Prune()
     recover: Recover = Recover()
@@ -152,6 +159,7 @@ class Recipe(_Frozen):
     release: Release = Release()
     preprocessing: dict[str, Any] | None = None
     """How raw samples become inputs (docs/preprocessing.md); None: taken from the model's own directory."""
+    postprocessing: Postprocessing | None = None
 
 
 def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:

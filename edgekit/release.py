@@ -10,23 +10,26 @@ from typing import Any
 
 from device_agent import manifest_form
 from device_agent.manifest import Contract as ManifestContract
-from device_agent.manifest import EngineBuild, EngineEntry, Golden, Manifest, Tolerance
+from device_agent.manifest import EngineBuild, EngineEntry, Golden, Manifest, Step, TensorSpec, Tolerance
 from edgekit import __version__, bundle, preprocess
 from edgekit.artifact import Artifact, disk_full_is_an_error
 from edgekit.models import Model
+from edgekit.postprocess import Postprocess
 from edgekit.preprocess import Preprocess
 from edgekit.profile import Profile
 from edgekit.recipe import Contract, Recipe
 from edgekit.search import Candidate, Outcome
 from edgekit.stages.quantize import SCALES_FILE
+from edgekit.stages.registry import Sources
 from edgekit.stages.verify import GOLDEN_INPUTS, GOLDEN_OUTPUTS
 
 _GRAPH = "model.onnx"
+_BEHIND = "postprocess.onnx"
 
 
 def make_bundle(
     outcome: Outcome,
-    model: Model,
+    sources: Sources,
     profile: Profile,
     recipe: Recipe,
     contract: Contract,
@@ -49,11 +52,13 @@ def make_bundle(
     Raises:
         BadInput: the disk is full, or ``out`` holds something else under the bundle's name.
     """
-    chosen = outcome.chosen
+    chosen, model, behind = outcome.chosen, sources.model, sources.postprocess
     built = [chosen.engine, *targets]
     with disk_full_is_an_error(out), tempfile.TemporaryDirectory(prefix="edgekit-") as temporary:
         staging = Path(temporary)
         _copy_files(staging, chosen, built, description)
+        if behind is not None:
+            (staging / _BEHIND).write_bytes(behind.graph)
         manifest = Manifest(
             schema=1,
             name=recipe.release.name or model.name,
@@ -63,7 +68,7 @@ def make_bundle(
             graph=_GRAPH,
             precision=chosen.precision,
             inputs=model.inputs,
-            outputs=model.outputs,
+            outputs=model.outputs if behind is None else behind.outputs + model.outputs,
             max_batch_size=chosen.engine.metadata["max_batch_size"],
             files=(),
             engines=_engines(chosen, built),
@@ -80,9 +85,26 @@ def make_bundle(
             preprocessing=preprocess.to_manifest(description),
             measurements=_reproducible(outcome),
             resources=bundle.resources_of(profile),
+            composition=() if behind is None else _steps(model, behind),
             provenance={"edgekit": __version__, "model_digest": model.digest, "seed": recipe.seed},
         )
         return bundle.pack(staging, manifest, out)
+
+
+def _steps(model: Model, behind: Postprocess) -> tuple[Step, ...]:
+    """The model, and what is behind it, as one model; the model's own outputs stay outputs.
+
+    They are what the golden outputs hold a device to: behind a non-maximum suppression, the smallest
+    difference may be a box more or less.
+    """
+    return (
+        Step("model", _GRAPH, _same(model.inputs), _same(model.outputs)),
+        Step("postprocess", _BEHIND, _same(behind.inputs), _same(behind.outputs)),
+    )
+
+
+def _same(tensors: tuple[TensorSpec, ...]) -> dict[str, str]:
+    return {tensor.name: tensor.name for tensor in tensors}
 
 
 def _copy_files(

@@ -7,12 +7,15 @@ shapes with the batch axis first and -1 where a size is free.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from device_agent.manifest import TensorSpec
 from edgekit.errors import BadInput
+
+if TYPE_CHECKING:
+    from onnx import ValueInfoProto
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -41,6 +44,17 @@ def protocol_dtype(dtype: Any) -> str:
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """NumPy type for a name of the Open Inference Protocol; raises KeyError for BYTES and BF16."""
     return np.dtype(_NUMPY_TYPES[name])
+
+
+def spec_of(info: ValueInfoProto) -> TensorSpec:
+    """Describe an input or output of an ONNX graph; raises KeyError for a type that NumPy has not."""
+    import onnx
+
+    tensor = info.type.tensor_type
+    shape = tuple(dim.dim_value if dim.dim_value > 0 else -1 for dim in tensor.shape.dim)
+    return TensorSpec(
+        info.name, protocol_dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape
+    )
 
 
 def check_sample(sample: Arrays, signature: Sequence[TensorSpec] | None, where: str) -> None:

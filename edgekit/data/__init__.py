@@ -2,7 +2,7 @@
 
     dataset = load_data("photos/", model.preprocess, model.inputs)     images in class folders
     dataset = load_data("calib.npz", None, model.inputs)               one array for each input, ``labels``
-    dataset = load_data("sentences.jsonl", model.preprocess, model.inputs)
+    dataset = load_data("sentences.jsonl", model.preprocess, model.inputs)   texts, or images with boxes
     dataset = load_data("shards/{000..009}.tar", ...)                  WebDataset shards
     dataset = load_data("package.module:fn", None, model.inputs)       a function that yields dicts
 
@@ -186,7 +186,7 @@ def _checked(source: Source, signature: Sequence[TensorSpec] | None, has_labels:
 def _open(
     text: str, preprocess: Preprocess | None, signature: Sequence[TensorSpec] | None, seed: int
 ) -> Source:
-    from edgekit.data import arrays, function, images, shards, texts
+    from edgekit.data import annotated, arrays, function, images, shards, texts
 
     path = Path(text)
     if is_object_spec(text) and not path.exists():
@@ -204,6 +204,8 @@ def _open(
         return images.open_source(path, preprocess, names, seed)
     if path.suffix == ".npz":
         return arrays.open_source(path, signature, seed)
+    if path.suffix == ".jsonl" and isinstance(preprocess, preprocessing.ImagePreprocess):
+        return annotated.open_source(path, preprocess, names, seed)
     if path.suffix == ".jsonl":
         return texts.open_source(path, preprocess, names, seed)
     raise BadInput(

@@ -2,6 +2,7 @@
 
 top1          share of samples whose largest logit is the label
 f1            macro F1: the mean over the classes that occur
+map           COCO's mean average precision of the output ``detections`` (detection.py)
 cosine        mean cosine between the model's first output and the original's; needs no labels
 sqnr          signal to noise of all outputs against the original's, in decibels, at most 100; needs no labels
 module:fn     a function of your own: fn(outputs, labels), higher is better; ``outputs`` maps each output's
@@ -13,13 +14,13 @@ name
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from edgekit.errors import BadInput, nearest
-from edgekit.measure import interval
+from edgekit.measure import detection, interval
 from edgekit.measure.interval import Interval
 from edgekit.objects import is_object_spec, load_callable, load_module, source_digest
 
@@ -40,12 +41,15 @@ class Metric:
         finish: sums [..., statistics] -> the metric [...].
         needs_labels: whether it can do without.
         is_rate: whether it is a share of samples, each right or wrong.
+        of_all: where no sum over samples decides the metric: (outputs, labels) -> what takes the place of
+            ``finish``; it is given how often each sample counts.
     """
 
     each: Callable[[Outputs, Outputs, Labels], Array]
     finish: interval.Finish
     needs_labels: bool
     is_rate: bool = False
+    of_all: Callable[[Outputs, Labels], interval.Finish] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def drop(name: str, outputs: Outputs, original: Outputs, labels: Labels) -> Inte
         differences = theirs[:, 0] - ours[:, 0]
         lost, gained = int((differences > 0).sum()), int((differences < 0).sum())
         return interval.rate_drop(lost, gained, len(ours))
-    return interval.resampled_drop(theirs, ours, metric.finish)
+    return interval.resampled_drop(theirs, reference.finish, ours, metric.finish)
 
 
 def mean_cosine(a: Array, b: Array) -> float:
@@ -137,7 +141,10 @@ def mean_cosine(a: Array, b: Array) -> float:
 
 def _statistics(name: str, outputs: Outputs, original: Outputs, labels: Labels) -> tuple[Metric, Array]:
     if name in BUILT_IN:
-        return BUILT_IN[name], BUILT_IN[name].each(outputs, original, labels)
+        metric = BUILT_IN[name]
+        if metric.of_all is not None:
+            metric = replace(metric, finish=metric.of_all(outputs, labels))
+        return metric, metric.each(outputs, original, labels)
     values = _of_the_user(name, load_callable(name), outputs, labels)
     each = _counted(values)
     return Metric(
@@ -191,6 +198,26 @@ def _classes(name: str, outputs: Outputs, labels: Labels) -> tuple[Array, Array]
             "use --metric cosine or --metric module:fn",
         )
     return logits.argmax(axis=1), labels
+
+
+def _which(outputs: Outputs, _original: Outputs, _labels: Labels) -> Array:
+    """[samples, samples]: the sums say how often each sample counts."""
+    return np.eye(len(next(iter(outputs.values()))))
+
+
+def _average_precision(outputs: Outputs, labels: Labels) -> interval.Finish:
+    if detection.DETECTIONS not in outputs or labels is None:
+        raise BadInput(
+            "map does not suit this model or data",
+            f"it needs boxes as labels and an output '{detection.DETECTIONS}'; there is {', '.join(outputs)}",
+            "docs/detection.md says what detectors give; postprocessing.graph may make it",
+        )
+    matches = detection.match(outputs[detection.DETECTIONS], labels)
+
+    def finish(times: Array) -> Array:
+        return np.asarray(detection.average_precision(matches, np.atleast_2d(times)).mean(axis=1).squeeze())
+
+    return finish
 
 
 def _cosine_statistics(outputs: Outputs, original: Outputs, _labels: Labels) -> Array:
@@ -252,6 +279,7 @@ def _of_the_user(name: str, function: Callable[..., Any], outputs: Outputs, labe
 BUILT_IN: Mapping[str, Metric] = {
     "top1": Metric(_correct, _mean, needs_labels=True, is_rate=True),
     "f1": Metric(_f1_counts, _macro_f1, needs_labels=True),
+    "map": Metric(_which, _mean, needs_labels=True, of_all=_average_precision),
     "cosine": Metric(_cosine_statistics, _mean, needs_labels=False),
     "sqnr": Metric(_signal_and_noise, _decibels, needs_labels=False),
 }

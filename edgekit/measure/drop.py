@@ -38,6 +38,7 @@ class Judge:
         original: the graph to compare with.
         data: the samples.
         model: whose inputs they are.
+        behind: what is computed behind each graph; None: nothing.
         tick: told about progress.
 
     Attributes:
@@ -48,9 +49,16 @@ class Judge:
     """
 
     def __init__(
-        self, metric: str, original: Path, data: Dataset, model: Model, tick: Callable[[int, int], None]
+        self,
+        metric: str,
+        original: Path,
+        data: Dataset,
+        model: Model,
+        behind: bytes | None,
+        tick: Callable[[int, int], None],
     ) -> None:
         self._metric = metric
+        self._behind = behind
         self._data = data
         self._model = model
         self._tick = tick
@@ -63,7 +71,9 @@ class Judge:
         return accuracy.score(self._metric, outputs, self._reference, self._labels).value
 
     def _outputs(self, graph: Path | bytes) -> tuple[accuracy.Outputs, accuracy.Labels]:
-        found, labels = collect({"it": ort.Session(graph)}, self._data, self._model, self._tick)
+        found, labels = collect(
+            {"it": ort.open_chain(graph, self._behind)}, self._data, self._model, self._tick
+        )
         return found["it"], labels
 
 

@@ -73,10 +73,12 @@ def resampled(statistics: Array, finish: Finish) -> Interval:
     return _percentiles(finish(_weights(len(statistics)) @ statistics))
 
 
-def resampled_drop(original: Array, candidate: Array, finish: Finish) -> Interval:
+def resampled_drop(
+    original: Array, finish_original: Finish, candidate: Array, finish_candidate: Finish
+) -> Interval:
     """The same of the loss, both drawn from the same resamples."""
     weights = _weights(len(original))
-    return _percentiles(finish(weights @ original) - finish(weights @ candidate))
+    return _percentiles(finish_original(weights @ original) - finish_candidate(weights @ candidate))
 
 
 def _weights(samples: int) -> Array:

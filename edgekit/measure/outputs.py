@@ -16,7 +16,7 @@ _BATCH = 16
 
 
 def collect(
-    sessions: Mapping[str, ort.Session], data: Dataset, model: Model, tick: Callable[[int, int], None]
+    sessions: Mapping[str, ort.Chain], data: Dataset, model: Model, tick: Callable[[int, int], None]
 ) -> tuple[dict[str, Outputs], Labels]:
     """Run every session on every sample.
 

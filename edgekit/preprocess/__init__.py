@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -211,6 +211,36 @@ def encode_text(description: TextPreprocess, text: str) -> dict[str, np.ndarray[
     }
 
 
+class Placement(NamedTuple):
+    """Where an image comes to lie: it is scaled to ``width`` x ``height``, and cut at ``left``, ``top``."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+    def x(self, before: float, image_width: int) -> float:
+        """A horizontal position in the image of that width, in the model's pixels."""
+        return before * self.width / image_width - self.left
+
+    def y(self, before: float, image_height: int) -> float:
+        """A vertical position, likewise."""
+        return before * self.height / image_height - self.top
+
+
+def placement(description: ImagePreprocess, width: int, height: int) -> Placement:
+    """How an image of that size is scaled and cut."""
+    model_height, model_width = description.size
+    if description.shortest_edge is None or description.resample is None:
+        return Placement(model_width, model_height, 0, 0)
+    # Rounded as the Hugging Face processors round, so that pixels are those the model was trained on.
+    edge = description.shortest_edge
+    short, long = sorted((width, height))
+    scaled = int(edge * long / short)
+    new_width, new_height = (edge, scaled) if width <= height else (scaled, edge)
+    return Placement(new_width, new_height, (new_width - model_width) // 2, (new_height - model_height) // 2)
+
+
 def _resized(description: ImagePreprocess, image: Image) -> Image:
     from PIL import Image as pillow
 
@@ -223,16 +253,9 @@ def _resized(description: ImagePreprocess, image: Image) -> Image:
                 "resize the images, or set preprocessing.resample in the recipe",
             )
         return image
-    method = pillow.Resampling[description.resample.upper()]
-    if description.shortest_edge is None:
-        return image.resize((width, height), method)
-    # Rounded as the Hugging Face processors round, so that pixels are those the model was trained on.
-    short, long = sorted(image.size)
-    scaled = int(description.shortest_edge * long / short)
-    edge = description.shortest_edge
-    image = image.resize((edge, scaled) if image.width <= image.height else (scaled, edge), method)
-    top, left = (image.height - height) // 2, (image.width - width) // 2
-    return image.crop((left, top, left + width, top + height))
+    place = placement(description, *image.size)
+    image = image.resize((place.width, place.height), pillow.Resampling[description.resample.upper()])
+    return image.crop((place.left, place.top, place.left + width, place.top + height))
 
 
 @lru_cache(maxsize=4)

@@ -99,7 +99,9 @@ def _to_int8(
     if config.bound is not None and can_judge(config.bound.metric, data):
         original = inputs.artifacts["original"].path / GRAPH_FILE
         shown = data.take(_MOST_SCORED)
-        judge = Judge(config.bound.metric, original, shown, inputs.sources.model, inputs.tick)
+        judge = Judge(
+            config.bound.metric, original, shown, inputs.sources.model, inputs.sources.behind, inputs.tick
+        )
         kept = keep_within(judge, config.bound, choice, judges, bits, settings.max_kept_float)
         quantized, drop = kept.quantized, kept.facts
         reasons |= dict.fromkeys(kept.layers, "in int8 it costs more of the metric than the contract allows")

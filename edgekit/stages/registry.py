@@ -20,6 +20,7 @@ from edgekit.artifact import Artifact
 from edgekit.builders.registry import BUILDERS
 from edgekit.data import Dataset
 from edgekit.models import Model
+from edgekit.postprocess import Postprocess
 
 Tick = Callable[[int, int], None]
 
@@ -32,6 +33,17 @@ class Sources:
     calib: Dataset
     train: Dataset
     held_out: Dataset
+    postprocess: Postprocess | None = None
+
+    @property
+    def behind(self) -> bytes | None:
+        """The graph that is computed behind the model, if there is one."""
+        return None if self.postprocess is None else self.postprocess.graph
+
+    def digest(self, name: str) -> str | None:
+        """What a field is, for the key of what is made from it."""
+        source = getattr(self, name)
+        return None if source is None else str(source.digest)
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ STAGES: dict[str, Stage] = {
         "edgekit.stages.quantize",
         {"graph": _GRAPHS, "original": _GRAPHS},
         "onnx",
-        ("model", "calib"),
+        ("model", "calib", "postprocess"),
         ("runtime", "accelerator"),
         ("onnx", "onnxruntime", "numpy"),
     ),
@@ -108,7 +120,7 @@ STAGES: dict[str, Stage] = {
         "edgekit.stages.verify",
         {"original": ("engine",), "candidate": ("engine",)},
         "measurement",
-        ("held_out",),
+        ("held_out", "postprocess"),
         (),
         ("onnxruntime", "numpy"),
     ),

