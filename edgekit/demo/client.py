@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import time
 from types import TracebackType
 from typing import Any
@@ -14,12 +15,15 @@ Array = np.ndarray[Any, Any]
 
 
 class Client:
-    """Sends FP32 tensors to one model."""
+    """Sends FP32 tensors to one model, and reads one output: the one that is named, else the first."""
 
-    def __init__(self, host: str, port: int, model: str, input_name: str) -> None:
+    def __init__(
+        self, host: str, port: int, model: str, input_name: str, output_name: str | None = None
+    ) -> None:
         self._connection = http.client.HTTPConnection(host, port, timeout=30)
         self._path = f"/v2/models/{model}/infer"
         self._input = input_name
+        self._wanted = {} if output_name is None else {"outputs": [{"name": output_name}]}
 
     def __enter__(self) -> Client:
         return self
@@ -33,7 +37,7 @@ class Client:
         """Send one request.
 
         Returns:
-            The first output, and the time from sending to the whole answer in milliseconds.
+            The output, and the time from sending to the whole answer in milliseconds.
 
         Raises:
             RuntimeError: the server answered with an error.
@@ -44,7 +48,8 @@ class Client:
             "shape": list(tensor.shape),
             "parameters": {"binary_data_size": tensor.nbytes},
         }
-        head = json.dumps({"inputs": [described], "parameters": {"binary_data_output": True}}).encode()
+        request = {"inputs": [described], **self._wanted, "parameters": {"binary_data_output": True}}
+        head = json.dumps(request).encode()
         body = head + np.ascontiguousarray(tensor, dtype="<f4").tobytes()
         begin = time.perf_counter()
         self._connection.request(
@@ -57,5 +62,6 @@ class Client:
             raise RuntimeError(f"{answer.status}: {content.decode(errors='replace')}")
         length = int(answer.headers["Inference-Header-Content-Length"])
         output = json.loads(content[:length])["outputs"][0]
-        values = np.frombuffer(content, dtype="<f4", offset=length).reshape(output["shape"])
+        count = math.prod(output["shape"])
+        values = np.frombuffer(content, "<f4", count, offset=length).reshape(output["shape"])
         return values, took_ms

@@ -19,7 +19,7 @@ IMAGES, CLASSES = 12, 3
 
 
 def scenes(seed: int) -> tuple[Array, Array]:
-    """Labels, and detections that are sometimes right: shifted boxes, wrong classes, boxes out of the blue."""
+    """Labels, and detections that are sometimes right: shifted boxes, wrong classes, made-up boxes."""
     random = np.random.default_rng(seed)
     labels = np.zeros((IMAGES, 4, 5), np.float32)
     labels[..., 4] = -1
@@ -43,11 +43,12 @@ def by_pycocotools(detections: Array, labels: Array) -> tuple[float, float]:
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.accumulate()
     precision = evaluation.eval["precision"]
-    return tuple(float(part[part > -1].mean()) for part in (precision, precision[:1]))  # type: ignore[return-value]
+    everywhere, at_half = (float(part[part > -1].mean()) for part in (precision, precision[:1]))
+    return everywhere, at_half
 
 
 def averages(detections: Array, labels: Array, times: Array | None = None) -> Array:
-    """mAP at each overlap; ``times``: how often each image counts."""
+    """MAP at each overlap; ``times``: how often each image counts."""
     times = np.ones((1, len(labels))) if times is None else times
     return detection.average_precision(detection.match(detections, labels), times)
 
