@@ -149,7 +149,7 @@ class Recipe(_Frozen):
     """CPU threads of training and of measured runs; None: the CPUs that the process may use."""
     precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
     metric: str | None = None
-    """``top1``, ``f1``, ``map``, ``cosine``, ``sqnr`` or ``module:fn``; None: top1 with labels, else cosine."""
+    """``top1``, ``f1``, ``map``, ``cosine``, ``sqnr``, ``module:fn``; None: top1 with labels, else cosine."""
     contract: Contract = Contract()
     prune: Prune = Prune()
     recover: Recover = Recover()

@@ -41,7 +41,7 @@ def make_bundle(
 
     Args:
         outcome: with the chosen candidate.
-        model: the original.
+        sources: what the run started from.
         profile: the device that it was searched for.
         recipe: the settings.
         contract: what was asked.
