@@ -36,9 +36,7 @@ class Model(Section):
     """A Hugging Face directory (``config.json``, with or without weights), or ``package.module:factory``."""
     weights: str = ""
     """A safetensors file to start from, where ``source`` is a factory."""
-    task: Literal[
-        "auto", "image-classification", "text-classification", "causal-lm", "masked-lm", "contrastive"
-    ] = "auto"
+    task: Literal["auto", "image-classification", "text-classification", "causal-lm"] = "auto"
     """The head of a Hugging Face model; ``auto``: the architecture that its ``config.json`` names."""
     labels: int = Field(0, ge=0)
     """Classes of a new head; 0: the head that is there."""

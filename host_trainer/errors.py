@@ -42,4 +42,12 @@ class MissingError(TrainingError):
 
 
 class Diverged(TrainingError):
-    """The loss or the gradient became NaN, infinite or far too large."""
+    """The loss or the gradient became NaN, infinite or far too large.
+
+    Attributes:
+        data_at_fault: the batch itself holds NaN or infinity, so that going back does not help.
+    """
+
+    def __init__(self, what: str, why: str, fix: str, data_at_fault: bool = False) -> None:
+        super().__init__(what, why, fix)
+        self.data_at_fault = data_at_fault

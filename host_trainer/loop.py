@@ -97,6 +97,7 @@ class Step:
         losses: of each process, means over its micro-batches.
         grad_norm: of the whole gradient, before clipping.
         learning_rate: of this step.
+        skipped: the weights will stay as they are: fp16 is looking for its loss scale.
         waited_s: time that the batches took to come.
         micro_batches: what this process computed it from.
     """
@@ -107,6 +108,7 @@ class Step:
     losses: tuple[float, ...]
     grad_norm: float
     learning_rate: float
+    skipped: bool
     waited_s: float
     micro_batches: Sequence[Batch]
 
@@ -203,7 +205,7 @@ def _epoch(task: Task, epoch: int, skip: int, watchers: Sequence[Watcher]) -> It
         step = _gradient(task, number, epoch, micro_batches, waited_s)
         for watcher in watchers:
             watcher.judge(step)
-        if not task.engine.skips(step.grad_norm):
+        if not step.skipped:
             _check_finite(step)
         task.engine.step(task.optimizer)
         for watcher in watchers:
@@ -216,7 +218,7 @@ def _gradient(task: Task, number: int, epoch: int, micro_batches: Sequence[Batch
     learning_rate = settings.learning_rate * one_cycle(number - 1, task.total_steps, settings.warmup_fraction)
     for group in task.optimizer.param_groups:
         group["lr"] = learning_rate
-    _seed(step_seed(settings.seed, number, engine.rank))
+    seed_step(settings.seed, number, engine.rank)
     task.optimizer.zero_grad(set_to_none=True)
     losses = []
     for index, batch in enumerate(micro_batches, 1):
@@ -234,6 +236,7 @@ def _gradient(task: Task, number: int, epoch: int, micro_batches: Sequence[Batch
         losses=tuple(row[0] for row in rows),
         grad_norm=rows[0][1],
         learning_rate=learning_rate,
+        skipped=engine.skips(rows[0][1]),
         waited_s=waited_s,
         micro_batches=micro_batches,
     )
@@ -261,8 +264,12 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return mixed
 
 
-def _seed(seed: int) -> None:
-    """As ``torch.manual_seed``, which takes 50 times as long: it asks for every kind of device."""
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Let torch draw what belongs to a step.
+
+    ``torch.manual_seed`` would take 50 times as long: it asks for every kind of device.
+    """
+    seed = step_seed(seed, step, rank)
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed(seed)
