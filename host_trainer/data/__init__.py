@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from host_trainer.config import Config
 from host_trainer.errors import ConfigError
 from host_trainer.loop import MicroBatches
@@ -22,6 +24,14 @@ class Samples(Protocol):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """Sample ``key[1]`` as epoch ``key[0]`` sees it: random changes depend on both and the seed alone."""
+
+    def order(self, seed: int, epoch: int) -> np.ndarray[Any, Any]:
+        """The samples of an epoch, each once."""
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray[Any, Any]:
+    """An order of ``count`` samples that depends on the seed and the epoch alone."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 @dataclass(frozen=True)
@@ -114,11 +124,15 @@ def open_samples(spec: str, config: Config, training: bool) -> Samples:
         from host_trainer.data.records import Records
 
         return Records.open(path, config, training)
+    if path.suffix == ".tar":
+        from host_trainer.data.shards import Shards
+
+        return Shards(spec, config, training)
     if ":" in spec:
         return _Keyed(call(spec, "data.train"))
     raise ConfigError(
         f"the data {spec} does not exist",
-        "it is no directory of class folders, no .jsonl and no package.module:function",
+        "it is no directory of class folders, no .jsonl, no .tar and no package.module:function",
         "check the path",
     )
 
@@ -160,3 +174,7 @@ class _Keyed:
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         sample: Sample = self._dataset[key[1]]
         return sample
+
+    def order(self, seed: int, epoch: int) -> np.ndarray[Any, Any]:
+        """Any sample may come next."""
+        return shuffled(len(self), seed, epoch)

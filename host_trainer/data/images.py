@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from host_trainer.config import Config, Data
-from host_trainer.data import Sample
+from host_trainer.data import Sample, shuffled
 from host_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def order(self, seed: int, epoch: int) -> np.ndarray[Any, Any]:
+        """Any sample may come next."""
+        return shuffled(len(self), seed, epoch)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,7 +33,7 @@ def training_loader(samples: Samples, config: Config, part: Share) -> Loader:
             f"optimize.batch_size is {part.batch_size}",
             "give more data or a smaller optimize.batch_size",
         )
-    order = _Order(len(samples), steps, config.seed, part)
+    order = _Order(samples, steps, config.seed, part)
     loader = _loader(samples, order, config.data.workers, config)
 
     def batches(epoch: int, first_step: int) -> Iterator[tuple[dict[str, Tensor], ...]]:
@@ -68,8 +67,8 @@ def held_out_batches(
 class _Order:
     """The batch sampler: keys of this process's micro-batches, from the step that was asked for."""
 
-    def __init__(self, count: int, steps: int, seed: int, part: Share) -> None:
-        self._count, self._steps, self._seed, self._part = count, steps, seed, part
+    def __init__(self, samples: Samples, steps: int, seed: int, part: Share) -> None:
+        self._samples, self._steps, self._seed, self._part = samples, steps, seed, part
         self.begin(0, 0)
 
     def begin(self, epoch: int, first_step: int) -> None:
@@ -77,7 +76,7 @@ class _Order:
 
     def __iter__(self) -> Iterator[list[Key]]:
         part = self._part
-        order = np.random.default_rng((self._seed, self._epoch)).permutation(self._count)
+        order = self._samples.order(self._seed, self._epoch)
         for step in range(self._first_step, self._steps):
             begin = step * part.batch_size + part.rank * part.per_process
             for start in range(begin, begin + part.per_process, part.micro_batch_size):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from host_trainer.config import Config
-from host_trainer.data import Sample
+from host_trainer.data import Sample, shuffled
 from host_trainer.data.images import pixels, read
 from host_trainer.errors import ConfigError
 
@@ -51,6 +51,10 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    def order(self, seed: int, epoch: int) -> np.ndarray[Any, Any]:
+        """Any sample may come next."""
+        return shuffled(len(self), seed, epoch)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
