@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from edgekit import __version__, check_command, device_commands, interrupt, tuning_commands
+from edgekit import __version__, check_command, device_commands, interrupt, train_commands, tuning_commands
 from edgekit.console import INTERRUPTED, json_option, path_argument, print_error, print_json
 from edgekit.errors import ContractUnmet, EdgekitError
 
@@ -368,7 +368,12 @@ def demo(seed: int, out: Path, as_json: bool) -> int:
     return _exit_code(report)
 
 
-for command in (*device_commands.COMMANDS, *tuning_commands.COMMANDS, *check_command.COMMANDS):
+for command in (
+    *device_commands.COMMANDS,
+    *train_commands.COMMANDS,
+    *tuning_commands.COMMANDS,
+    *check_command.COMMANDS,
+):
     cli.add_command(command)
 
 if __name__ == "__main__":

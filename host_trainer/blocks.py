@@ -45,5 +45,5 @@ def recompute(model: nn.Module) -> int:
     """
     found = blocks(model)
     for block in found:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return len(found)

@@ -48,6 +48,9 @@ def take(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: M
     """Copy a run's state to the CPU; every process takes part."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
+    # torch's own annotation of the two is far wider than what they hold.
+    weights: Any
+    moments: Any
     weights, moments = get_state_dict(model, _bare(optimizer), options=_options())
     tensors, others = _flatten(moments.get("state", {}))
     state = {"step": step, "groups": moments.get("param_groups", []), "others": others, **extra}
@@ -62,7 +65,7 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
-    moments = {
+    moments: Any = {
         "state": _unflatten(snapshot.optimizer, snapshot.state["others"]),
         "param_groups": [dict(group) for group in snapshot.state["groups"]],
     }
@@ -178,8 +181,10 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """All weights and buffers on the CPU, frozen ones too; every process takes part, the first gets them."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return _copied(get_model_state_dict(model, options=options))
+    weights: Any = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return _copied(weights)
 
 
 def _options(strict: bool = True) -> Any:

@@ -203,6 +203,28 @@ def parse(document: dict[str, Any], where: str) -> Config:
         raise _first_problem(error, where) from error
 
 
+def check_processes(config: Config, processes: int) -> None:
+    """See that every process gets the same number of samples, in micro-batches of one size.
+
+    Raises:
+        ConfigError: the key is named.
+    """
+    batch_size, largest = config.optimize.batch_size, config.optimize.micro_batch_size
+    if batch_size % processes:
+        raise ConfigError(
+            f"optimize.batch_size {batch_size} cannot be shared by {processes} processes",
+            "each takes the same number of samples",
+            f"make optimize.batch_size a multiple of {processes}",
+        )
+    mine = batch_size // processes
+    if largest and mine > largest and mine % largest:
+        raise ConfigError(
+            f"optimize.micro_batch_size {largest} does not divide the share of a process",
+            f"each of {processes} processes takes {mine} of optimize.batch_size {batch_size}",
+            "give a divisor, so that every micro-batch weighs the same",
+        )
+
+
 def _override(document: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     *sections, last = key.split(".")

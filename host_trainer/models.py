@@ -81,8 +81,9 @@ def save(module: nn.Module, state: Mapping[str, Tensor], source: Model, out: Pat
         What ``edgekit compress`` takes: the directory, or the file for ``--weights``.
     """
     out.mkdir(parents=True, exist_ok=True)
-    if hasattr(module, "save_pretrained"):
-        module.save_pretrained(out, state_dict=dict(state))
+    save_pretrained: Any = getattr(module, "save_pretrained", None)
+    if save_pretrained is not None:
+        save_pretrained(out, state_dict=dict(state))
         for name in _COMPANIONS:
             if (Path(source.source) / name).is_file():
                 shutil.copy(Path(source.source) / name, out / name)
@@ -104,9 +105,7 @@ def _from_directory(model: Model) -> nn.Module:
         )  # fmt: skip
         head = _head(model.task, config)
         if not any(directory.glob("*.safetensors")):
-            built: nn.Module = getattr(
-                head, "from_config", head._from_config if hasattr(head, "_from_config") else head
-            )(config)
+            built: nn.Module = head.from_config(config) if hasattr(head, "from_config") else head(config)
             return built.float()
         loaded: nn.Module = head.from_pretrained(
             directory, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32,

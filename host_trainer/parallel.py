@@ -7,7 +7,6 @@ torch's ``fully_shard`` itself, so that the same code is proven with gloo on a C
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -55,8 +54,9 @@ class Parallel:
         self.device: torch.device = self.accelerator.device
         self._skipped = 0
         if self._fsdp and not dist.is_initialized():
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            dist.init_process_group("gloo" if cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+            from torch._C._distributed_c10d import HashStore
+
+            dist.init_process_group("gloo" if cpu else "nccl", store=HashStore(), rank=0, world_size=1)
 
     def prepare(self, model: nn.Module, settings: TrainSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model as it is called from now on, and its optimizer."""
@@ -154,13 +154,14 @@ class Parallel:
             dist.destroy_process_group()
 
     def _shard(self, model: nn.Module) -> nn.Module:
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         if self._config.precision.amp == "bf16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         else:
             policy = MixedPrecisionPolicy()
-        mesh = dist.init_device_mesh(self.device.type, (dist.get_world_size(),))
+        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
         for block in blocks.blocks(model):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Journal:
         if settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(run / "tensorboard"))
             self._board.add_custom_scalars({"gradient": {"norm and healthy band": ["Margin", list(_BAND)]}})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -50,6 +51,19 @@ class Journal:
         self._lines.close()
         if self._board is not None:
             self._board.close()
+
+
+def last_metrics(run: Path) -> dict[str, float]:
+    """The last of each number in ``metrics.jsonl``; a line that a crash cut off is left out."""
+    last: dict[str, float] = {}
+    try:
+        with (run / METRICS_FILE).open(encoding="utf-8") as lines:
+            for line in lines:
+                with suppress(ValueError):
+                    last |= json.loads(line)
+    except OSError:
+        return {}
+    return {name: value for name, value in last.items() if "/" in name and not name.startswith("activation")}
 
 
 class Recorder(Watcher):

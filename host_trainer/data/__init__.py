@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from host_trainer.config import Config
+from host_trainer.config import Config, check_processes
 from host_trainer.errors import ConfigError
 from host_trainer.loop import MicroBatches
 
@@ -80,22 +80,10 @@ def share(config: Config, rank: int, world: int) -> Share:
     Raises:
         ConfigError: it cannot be divided evenly; the key is named.
     """
-    batch_size, largest = config.optimize.batch_size, config.optimize.micro_batch_size
-    if batch_size % world:
-        raise ConfigError(
-            f"optimize.batch_size {batch_size} cannot be shared by {world} processes",
-            "each takes the same number of samples",
-            f"make optimize.batch_size a multiple of {world}",
-        )
-    mine = batch_size // world
-    micro = min(largest or mine, mine)
-    if mine % micro:
-        raise ConfigError(
-            f"optimize.micro_batch_size {micro} does not divide the share of a process",
-            f"each of {world} processes takes {mine} of optimize.batch_size {batch_size}",
-            "give a divisor, so that every micro-batch weighs the same",
-        )
-    return Share(batch_size, micro, rank, world)
+    check_processes(config, world)
+    mine = config.optimize.batch_size // world
+    micro = min(config.optimize.micro_batch_size or mine, mine)
+    return Share(config.optimize.batch_size, micro, rank, world)
 
 
 def open_training(config: Config, part: Share) -> Loader:

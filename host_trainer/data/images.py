@@ -109,7 +109,8 @@ def pixels(image: Image, data: Data, generator: np.random.Generator | None) -> n
         box, mirrored = _centre(image), False
     image = image.resize((data.image_size, data.image_size), Image.Resampling.BILINEAR, box=box)
     array = np.asarray(image, dtype=np.float32).reshape(data.image_size, data.image_size, -1) / 255
-    array = (array - np.float32(data.image_mean)) / np.float32(data.image_std)
+    mean, std = np.array((data.image_mean, data.image_std), np.float32)
+    array = (array - mean) / std
     return np.ascontiguousarray((array[:, ::-1] if mirrored else array).transpose(2, 0, 1))
 
 
