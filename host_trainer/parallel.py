@@ -54,9 +54,8 @@ class Parallel:
         self.device: torch.device = self.accelerator.device
         self._skipped = 0
         if self._fsdp and not dist.is_initialized():
-            from torch._C._distributed_c10d import HashStore
-
-            dist.init_process_group("gloo" if cpu else "nccl", store=HashStore(), rank=0, world_size=1)
+            alone = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group("gloo" if cpu else "nccl", store=alone, rank=0, world_size=1)
 
     def prepare(self, model: nn.Module, settings: TrainSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model as it is called from now on, and its optimizer."""
