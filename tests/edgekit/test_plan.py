@@ -153,13 +153,13 @@ def test_keys_ignore_order_and_nothing_else(
     """The order in which settings are written does not matter; every value does."""
     builder = plan._Builder(given_sources, X86)
     stage = STAGES["prune"]
-    key = builder._key(stage, config, {})
-    assert builder._key(stage, dict(reversed(config.items())), {}) == key
+    key = builder._key(stage, config, {}, X86)
+    assert builder._key(stage, dict(reversed(config.items())), {}, X86) == key
     first = next(iter(config))
     other = {**config, first: extra}
     same = json.dumps(other, sort_keys=True) == json.dumps(config, sort_keys=True)
-    assert (builder._key(stage, other, {}) == key) == same
-    assert builder._key(stage, {**config, first + "+": 1}, {}) != key
+    assert (builder._key(stage, other, {}, X86) == key) == same
+    assert builder._key(stage, {**config, first + "+": 1}, {}, X86) != key
 
 
 # The code's digest
