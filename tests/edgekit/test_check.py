@@ -106,7 +106,8 @@ def test_the_rtx_parser_is_asked_where_it_is_here(tmp_path: Path) -> None:
 
 def test_the_command_prints_one_document(tmp_path: Path, forked: Forker) -> None:
     """``--json`` gives a verdict a profile; a refusal by a device that was named ends in exit code 2."""
-    onnx.save(one("Det", ["n", 3, 3], opset=17), str(tmp_path / "det.onnx"))
+    graph = onnx.shape_inference.infer_shapes(one("Det", ["n", 3, 3], opset=17))
+    onnx.save(graph, str(tmp_path / "det.onnx"))
     everything = forked.run("check", "det.onnx", "--json", cwd=tmp_path)
     assert everything.code == 0
     checks = everything.json()["checks"]
