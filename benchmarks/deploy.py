@@ -3,7 +3,8 @@
 python benchmarks/deploy.py [--json] [--quick]
 
 Two bundles of random weights, one of the demo's size and one of MiniLM's, go through the agent's own control
-protocol. What is counted are the bytes of chunks and of the chunk list that the host writes.
+protocol. What is counted are the bytes of chunks and of the chunk list that the host writes. A transfer is
+broken off at several places; ``resent_fraction`` is what the worst of them made the host send twice.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -35,6 +39,7 @@ from edgekit.errors import Missing
 #: Rows and columns of the body's layers, and how many there are: about 0.6 MB and 90 MB of float32.
 SIZES = {"demo": (96, 96, 16), "minilm": (1024, 1024, 21)}
 CLASSES = 10
+CUTS = 9
 
 
 def main() -> None:
@@ -46,11 +51,10 @@ def main() -> None:
         if not (options.quick and name == "minilm"):
             with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as home:
                 figures.update({f"{name}_{k}": v for k, v in _measure(Path(home), *shape).items()})
-            targets[f"{name}_head_change_sent_fraction"] = ("<=", 0.15)
-    if not options.quick:
-        targets["minilm_resent_fraction"] = ("<=", 0.01)
+                targets[f"{name}_head_change_sent_fraction"] = ("<=", 0.15)
+                targets[f"{name}_resent_fraction"] = ("<=", 0.01)
     claim = "a changed head sends at most 15% of the bytes; an interrupted transfer resends at most 1%"
-    finish(document("deploy", claim, figures, targets, 1), options.json)
+    finish(document("deploy", claim, figures, targets, CUTS), options.json)
 
 
 def _measure(home: Path, rows: int, columns: int, layers: int) -> dict[str, Any]:
@@ -58,32 +62,44 @@ def _measure(home: Path, rows: int, columns: int, layers: int) -> dict[str, Any]
     with prepared(first) as old, prepared(second) as new:
         total_bytes = sum(entry.size_bytes for entry in old.manifest.files)
         with _device(home / "device") as connect:
-            cut_bytes = _send(connect, old, stop_after_bytes=total_bytes // 2)
-            rest_bytes = _send(connect, old)
-            head_bytes = _send(connect, new)
-        model = (new.directory / "model.onnx").read_bytes()
+            cuts = [_send(connect, old, total_bytes // (CUTS + 1)) for _ in range(CUTS)]
+            rest = _send(connect, old)
+            head = _send(connect, new)
+        model = (second / "model.onnx").read_bytes()
+    lost_bytes = [
+        broken.sent_bytes - (broken.missing_bytes - after.missing_bytes)
+        for broken, after in pairwise([*cuts, rest])
+    ]
     start_s = time.perf_counter()
     chunking.lengths(io.BytesIO(model), chunking.average_for(len(model)))
     cut_s = time.perf_counter() - start_s
     return {
         "bundle_bytes": total_bytes,
-        "head_change_sent_fraction": (head_bytes + len(new.listed)) / total_bytes,
-        "resent_fraction": max(0, cut_bytes + rest_bytes - total_bytes) / total_bytes,
+        "head_change_sent_fraction": (head.sent_bytes + len(new.listed)) / total_bytes,
+        "resent_fraction": max(lost_bytes) / total_bytes,
+        "resent_median_fraction": median(lost_bytes) / total_bytes,
         "chunk_list_fraction": len(new.listed) / total_bytes,
         "cutting_s_per_100_mb": 1e8 * cut_s / len(model),
     }
 
 
-def _send(connect: Any, payload: Payload, stop_after_bytes: int | None = None) -> int:
-    """Deploy, or break off after so many bytes were stored; return the bytes of chunks that were written."""
-    sent_bytes = 0
+@dataclass
+class _Sent:
+    """What the device lacked when a transfer began, and the bytes of chunks that were written then."""
+
+    missing_bytes: int
+    sent_bytes: int = 0
+
+
+def _send(connect: Any, payload: Payload, stop_after_bytes: int | None = None) -> _Sent:
+    """Deploy, or break off after so many bytes were stored."""
     with connect() as connection:
         offered = connection.ask(*payload.offer())
+        sent = _Sent(offered["missing_bytes"])
 
         def chunks() -> Iterator[bytes]:
-            nonlocal sent_bytes
             for chunk in payload.chunks(offered["missing"]):
-                sent_bytes += len(chunk)
+                sent.sent_bytes += len(chunk)
                 yield chunk
 
         def report(line: Any) -> None:
@@ -93,9 +109,9 @@ def _send(connect: Any, payload: Payload, stop_after_bytes: int | None = None) -
         try:
             connection.stream({"op": "receive"}, chunks(), offered["missing_bytes"], report)
         except Missing:
-            return sent_bytes
+            return sent
         connection.ask({"op": "install", "offered": True, "activate": True})
-    return sent_bytes
+    return sent
 
 
 class _Connect:

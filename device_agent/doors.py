@@ -32,6 +32,9 @@ class Server(Protocol):
     async def start(self, address: Address) -> str:
         """Listen; return the address as bound. Raises OSError."""
 
+    async def start_on(self, listener: socket.socket) -> None:
+        """Serve a socket of the service manager's."""
+
     async def drain(self, timeout_s: float) -> bool:
         """Stop accepting, answer what was accepted, close; return whether that was done in time."""
 
@@ -88,13 +91,21 @@ class Doors:
         if "unix" not in passed and self._config.http.unix:
             await self._http.start_unix(Path(self._config.http.unix), self._config.http.unix_mode)
             self.where["unix"] = self._config.http.unix
-        await self._start_grpc(by_default=grpc_by_default)
+        if "grpc" not in passed:
+            await self._start_grpc(by_default=grpc_by_default)
 
     async def open_late(self, passed: Passed) -> None:
-        """Open the rest: the models are loaded."""
+        """Open the rest: the models are loaded.
+
+        Raises:
+            Missing: gRPC cannot be served.
+        """
         for door in ("http", "unix"):
             if door in passed:
                 await self._open_passed(self._http, door, passed[door])
+        if "grpc" in passed:
+            self._grpc = self._open_grpc()
+            await self._open_passed(self._grpc, "grpc", passed["grpc"])
 
     async def drain(self) -> bool:
         """Answer what was accepted, and close all doors.
@@ -108,7 +119,7 @@ class Doors:
         await self._status.drain(_STATUS_DRAIN_S)
         return all(drained)
 
-    async def _open_passed(self, server: HttpServer, door: str, passed: socket.socket) -> None:
+    async def _open_passed(self, server: Server, door: str, passed: socket.socket) -> None:
         self.where[door] = describe(passed)  # a closed socket has no address any more
         await server.start_on(passed)
 
@@ -137,7 +148,8 @@ class Doors:
             raise Missing(
                 "gRPC cannot be served",
                 str(error),
-                "install edgekit-agent[grpc], or set enabled = false under [grpc] in agent.toml",
+                "install edgekit-agent[grpc], or switch off what asks for it: [grpc] in agent.toml, or"
+                " edgekit-agent-grpc.socket",
             ) from error
         limits, count_error = self._config.limits, self._metrics.count_grpc_error
         return GrpcServer(self._service, limits, count_error, self._access)

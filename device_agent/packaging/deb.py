@@ -28,6 +28,7 @@ UNITS = (
     "edgekit-agent.socket",
     "edgekit-agent-metrics.socket",
     "edgekit-agent-control.socket",
+    "edgekit-agent-grpc.socket",
 )
 MAINTAINER = "edgekit developers <edgekit@localhost>"
 

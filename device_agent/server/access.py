@@ -69,6 +69,7 @@ class Access:
         self._seen = _stamps(settings)
         self._looked_s = time.monotonic()
         self.context = _context(settings)
+        self._contexts = [self.context]
         self._pair = _read_pair(settings)
         self._client_ca = Path(settings.client_ca).read_bytes() if settings.client_ca else None
         self._tokens = _read_tokens(settings)
@@ -77,6 +78,13 @@ class Access:
     def needs_certificate(self) -> bool:
         """Whether clients must have a certificate."""
         return bool(self._settings.client_ca)
+
+    def context_for(self, protocol: str) -> ssl.SSLContext:
+        """TLS as in ``context``, for clients that ask for a protocol by its name (ALPN, RFC 7301)."""
+        context = _context(self._settings)
+        context.set_alpn_protocols([protocol])
+        self._contexts.append(context)
+        return context
 
     def pem(self) -> Tuple[bytes, bytes, Optional[bytes]]:
         """Key, certificate and the clients' authorities, for a library that makes its own context.
@@ -120,7 +128,8 @@ class Access:
             tokens = _read_tokens(self._settings)
             _context(self._settings)  # a pair that does not fit must not replace the one that does
             pair = _read_pair(self._settings)
-            self.context.load_cert_chain(self._settings.certificate, self._settings.key)
+            for context in self._contexts:
+                context.load_cert_chain(self._settings.certificate, self._settings.key)
         except (BadInput, OSError, ssl.SSLError) as error:
             _log.error("new TLS files are not used: %s", str(error).replace("\n", ": "))
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import socket
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Optional, Tuple
@@ -17,6 +18,7 @@ from device_agent.config import Address, Limits
 from device_agent.server.fields import ProtocolError
 from device_agent.server.grpc_inference import GrpcInference
 from device_agent.server.grpc_messages import SCHEMA
+from device_agent.server.grpc_relay import GrpcRelay
 from device_agent.server.grpc_status import CountError, abort, without_frames
 from device_agent.server.service import INTERNAL_ERROR, InferenceService
 from device_agent.server.wire import WireError
@@ -55,6 +57,8 @@ class GrpcServer:
             access: who may come in; None: everybody, without TLS.
         """
         self._access = access
+        self._limits = limits
+        self._relay: Optional[GrpcRelay] = None
         self._inference = GrpcInference(service, count_error)
         self._server = grpc.aio.server(
             options=_options(limits), maximum_concurrent_rpcs=limits.max_connections
@@ -92,20 +96,33 @@ class GrpcServer:
         await self._server.start()
         return f"{host}:{port}"
 
+    async def start_on(self, listener: socket.socket) -> None:
+        """Serve a TCP socket that the service manager opened and keeps open after the agent."""
+        context = None if self._access is None else self._access.context_for("h2")
+        self._relay = GrpcRelay(self._limits, context)
+        self._server.add_insecure_port(self._relay.address)
+        await self._server.start()
+        await self._relay.serve(listener)
+
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse what is new, answer what was accepted, close.
+        """Refuse what is new, or leave it to the next agent; answer what was accepted; close.
 
         Calls are refused for a moment before connections are told to end (GOAWAY): gRPC drops calls that
-        arrive while that message is under way, and their clients would learn no more than "cancelled".
+        arrive while that message is under way, and their clients would learn no more than "cancelled". On a
+        socket of the service manager's they are told before, and no call is refused.
 
         Returns:
             Whether every accepted request was answered in time.
         """
         started_s = time.monotonic()
+        if self._relay is not None:
+            await self._relay.let_go(timeout_s)
         self._inference.refuse()
         await asyncio.sleep(min(_DRAIN_GRACE_S, timeout_s))
         self._inference.end_streams()
         await self._server.stop(max(0.0, started_s + timeout_s - time.monotonic()))
+        if self._relay is not None:
+            await self._relay.close()
         return time.monotonic() - started_s < timeout_s
 
     def _guarded(self, answer: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -129,7 +146,10 @@ class GrpcServer:
 
 
 def _address_of(peer: str) -> str:
-    """The address in what gRPC calls a peer: ``ipv4:192.0.2.1:50000``, ``ipv6:%5B2001:db8::1%5D:50000``."""
+    """The address in what gRPC calls a peer: ``ipv4:192.0.2.1:50000``, ``ipv6:%5B2001:db8::1%5D:50000``.
+
+    Or the relay's name for a client, ``unix-abstract:[2001:db8::1]:0f3c``.
+    """
     return unquote(peer.partition(":")[2]).rpartition(":")[0].strip("[]")
 
 

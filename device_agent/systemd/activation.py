@@ -21,11 +21,13 @@ _TCP = (socket.AF_INET, socket.AF_INET6)
 _DOORS = {
     ("http", False): "http",
     ("http", True): "unix",
+    ("grpc", False): "grpc",
     ("metrics", False): "metrics",
     ("control", True): "control",
 }
 
-#: A socket for each door that is open already: ``http``, ``unix`` (HTTP too), ``metrics``, ``control``.
+#: A socket for each door that is open already: ``http``, ``unix`` (HTTP too), ``grpc``, ``metrics``,
+#: ``control``.
 Passed = Dict[str, socket.socket]
 
 
@@ -93,10 +95,6 @@ def _open(descriptor: int) -> socket.socket:
 
 
 def _door_of(listener: socket.socket, name: str) -> str:
-    if name == "grpc":
-        raise _refused(
-            "gRPC's library opens its own socket and takes none", "set [grpc] port in agent.toml instead"
-        )
     if listener.type != socket.SOCK_STREAM or not listener.getsockopt(
         socket.SOL_SOCKET, socket.SO_ACCEPTCONN
     ):
@@ -106,7 +104,7 @@ def _door_of(listener: socket.socket, name: str) -> str:
         kind = "Unix" if listener.family == socket.AF_UNIX else "TCP"
         raise _refused(
             f"nothing is served on a {kind} socket named {name!r}",
-            "set FileDescriptorName=http (TCP, Unix), metrics (TCP) or control (Unix) in the socket unit",
+            "set FileDescriptorName=http (TCP, Unix), grpc, metrics (TCP) or control (Unix) in its unit",
         )
     return door
 

@@ -15,7 +15,7 @@ from typing import BinaryIO, Iterator, List, Tuple
 
 import numpy as np
 
-MIN_AVERAGE_BYTES = 4 * 1024
+MIN_AVERAGE_BYTES = 2 * 1024
 MAX_AVERAGE_BYTES = 64 * 1024
 
 _SPREAD = 4  # the smallest chunk is the average divided by it, the largest is the average times it
@@ -26,8 +26,8 @@ _BLOCK_BYTES = 32 * 1024  # so that the arrays below stay in the processor's cac
 
 
 def average_for(size_bytes: int) -> int:
-    """The average chunk of a file: small where the file is, since a change costs at least one chunk."""
-    for average_bytes in (MIN_AVERAGE_BYTES, 4 * MIN_AVERAGE_BYTES):
+    """The average chunk of a file: small where it is, as a change or a broken link costs a chunk."""
+    for average_bytes in (MIN_AVERAGE_BYTES, 2 * MIN_AVERAGE_BYTES, 8 * MIN_AVERAGE_BYTES):
         if size_bytes <= 1024 * average_bytes:
             return average_bytes
     return MAX_AVERAGE_BYTES

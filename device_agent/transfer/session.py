@@ -35,7 +35,6 @@ Report = Callable[[Mapping[str, Any]], None]
 
 OPERATIONS = ("offer", "receive")
 _IDLE_TIMEOUT_S = 300.0
-_REPORT_EVERY_BYTES = 32 * 1024
 
 
 class Session:
@@ -81,7 +80,7 @@ class Session:
         }
 
     async def receive(self, report: Report) -> Dict[str, Any]:
-        """Take the missing chunks, and report what is on the disk as it grows.
+        """Take the missing chunks, and report each that is on the disk: the host waits for that.
 
         Raises:
             BadInput: nothing was offered; or a chunk was damaged on its way.
@@ -89,14 +88,12 @@ class Session:
             ConnectionError: the connection broke; what arrived is kept.
         """
         partial = self._offered()
-        received_bytes = reported_bytes = 0
+        received_bytes = 0
         for chunk in partial.missing_chunks():
             data = await self._read(chunk.length_bytes)
             await self._on_disk(self._store, partial, chunk, data)
             received_bytes += chunk.length_bytes
-            if received_bytes - reported_bytes >= _REPORT_EVERY_BYTES:
-                report({"received_bytes": received_bytes})
-                reported_bytes = received_bytes
+            report({"received_bytes": received_bytes})
         return {"received_bytes": received_bytes}
 
     async def install(self, install: Callable[[str], Awaitable[Any]]) -> Any:

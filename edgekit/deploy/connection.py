@@ -15,10 +15,10 @@ from edgekit.errors import DeviceRefused, EdgekitError, Missing
 
 Report = Callable[[Mapping[str, Any]], None]
 
-#: What may be on its way without the device having stored it, which is what a broken link costs at most: less
-#: than a hundredth of the transfer, between these bounds.
-MIN_WINDOW_BYTES = 64 * 1024
-MAX_WINDOW_BYTES = 512 * 1024
+# What may be on its way without the device having stored it, which is what a broken link costs at most: less
+# than a hundredth of the transfer, or one chunk where that is more.
+_WINDOWS_A_TRANSFER = 128
+_MAX_WINDOW_BYTES = 512 * 1024
 _MAX_NOISE_LINES = 200
 
 
@@ -90,7 +90,7 @@ class Connection:
             DeviceRefused: the device's answer is an error; the rest of the body is not sent.
             EdgekitError: the connection broke.
         """
-        window = _Window(min(max(size_bytes // 128, MIN_WINDOW_BYTES), MAX_WINDOW_BYTES))
+        window = _Window(min(size_bytes // _WINDOWS_A_TRANSFER, _MAX_WINDOW_BYTES))
 
         def watch(line: Mapping[str, Any]) -> None:
             window.stored(int(line.get("received_bytes", 0)))
@@ -156,9 +156,7 @@ class _Window:
     def wait_for(self, size_bytes: int) -> bool:
         """Wait until so much more may be sent; False if there is no use any more."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: not self._open or self._sent_bytes - self._stored_bytes < self._size_bytes
-            )
+            self._changed.wait_for(lambda: not self._open or self._admits(size_bytes))
             self._sent_bytes += size_bytes
             return self._open
 
@@ -171,6 +169,10 @@ class _Window:
         with self._changed:
             self._open = False
             self._changed.notify_all()
+
+    def _admits(self, size_bytes: int) -> bool:
+        ahead_bytes = self._sent_bytes - self._stored_bytes
+        return ahead_bytes == 0 or ahead_bytes + size_bytes <= self._size_bytes
 
 
 def refusal(answer: Mapping[str, Any]) -> DeviceRefused:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Dict, Iterator, Sequence
 
 import pytest
 
 # The tests are not a package, so that the agent's own environment can run them without the repository.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_testing import AgentProcess, TestBundle, install
+from activation_kit import pass_sockets
+from agent_testing import AgentProcess, TestBundle, install, linear_bundle
 
 
 @pytest.fixture
@@ -30,6 +32,22 @@ def start_agent(tmp_path: Path) -> Iterator[Callable[..., AgentProcess]]:
         return agent.start()
 
     yield start
+    for agent in agents:
+        agent.kill()
+
+
+@pytest.fixture
+def activated(tmp_path: Path) -> Iterator[Callable[..., AgentProcess]]:
+    """Make an agent that has a model and is yet to be started with the given sockets."""
+    agents: list[AgentProcess] = []
+
+    def make(sockets: Dict[str, socket.socket], settings: str = "") -> AgentProcess:
+        agent = AgentProcess(tmp_path, settings)
+        agents.append(pass_sockets(agent, sockets) if sockets else agent)
+        return agents[-1]
+
+    install(tmp_path / "state", [linear_bundle(tmp_path / "b")])
+    yield make
     for agent in agents:
         agent.kill()
 

@@ -42,15 +42,16 @@ def free_port() -> int:
 
 
 class Registry:
-    """A real registry on loopback.
+    """A real registry.
 
     Args:
         root: where it keeps its files, and may have kept them before.
         certificate: the certificate, whose key lies beside it, to speak TLS with; None: plain HTTP.
+        address: of this machine, where it listens.
     """
 
-    def __init__(self, root: Path, certificate: Optional[Path] = None) -> None:
-        self.host = f"127.0.0.1:{free_port()}"
+    def __init__(self, root: Path, certificate: Optional[Path] = None, address: str = "127.0.0.1") -> None:
+        self.host = f"{address}:{free_port()}"
         root.mkdir(parents=True, exist_ok=True)
         tls = ""
         if certificate is not None:

@@ -26,6 +26,7 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from activation_kit import listen
 from agent_testing import AgentProcess, linear_bundle
 from device_agent.check import check
 from device_agent.config import Address, Limits, Tls, parse
@@ -229,14 +230,18 @@ def test_old_versions_of_tls_and_plain_http_are_refused(
     plain.close()
 
 
+@pytest.mark.parametrize("passed", [False, True])
 def test_grpc_asks_for_the_same(
-    start_agent: Callable[..., AgentProcess], files: Credentials, tmp_path: Path
+    activated: Callable[..., AgentProcess], files: Credentials, passed: bool
 ) -> None:
-    """Over gRPC a call needs the token and the certificate too, streams included."""
-    agent = start_agent(
-        linear_bundle(tmp_path / "bundle"),
-        settings="[grpc]\nenabled = true\nport = 0\n" + files.settings(client_ca=True),
-    )
+    """Over gRPC a call needs the token and the certificate too, on a passed socket as well."""
+    with listen() as listener:
+        settings = f"[grpc]\nenabled = {str(not passed).lower()}\nport = 0\n" + files.settings(client_ca=True)
+        sockets = {"grpc": listener} if passed else {}
+        _ask_over_grpc(activated(sockets, settings).start(), files)
+
+
+def _ask_over_grpc(agent: AgentProcess, files: Credentials) -> None:
     address = f"localhost:{agent.wait_for(r'grpc=([0-9.:]+)').group(1).rpartition(':')[2]}"
     root = Path(files.ca_pem).read_bytes()
     client, key = Path(files.client_pem).read_bytes(), Path(files.client_key).read_bytes()
@@ -251,6 +256,14 @@ def test_grpc_asks_for_the_same(
     with pytest.raises(triton_grpc.InferenceServerException):
         bad.is_server_live(headers={"authorization": f"Bearer {TOKEN}"}, client_timeout=5)
     bad.close()
+    with triton_grpc.InferenceServerClient(
+        address, creds=grpc.ssl_channel_credentials(root, key, client)
+    ) as guesses:
+        for number in range(20):
+            with pytest.raises(triton_grpc.InferenceServerException) as caught:
+                guesses.is_server_live(headers={"authorization": f"Bearer guess-{number}-of-enough-size"})
+        assert "too many attempts" in str(caught.value)
+    assert "came from 127.0.0.1" in agent.log()
 
 
 def test_certificate_and_token_are_replaced_without_a_restart(

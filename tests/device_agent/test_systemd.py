@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import tritonclient.http
 
-from agent_testing import AgentProcess, install, linear_bundle
+from activation_kit import listen
+from agent_testing import AgentProcess, linear_bundle
 from device_agent import cli
 from device_agent.batching.execution import EngineThread
 from device_agent.batching.job import Job
@@ -221,53 +222,6 @@ def test_a_start_that_does_not_move_on_gets_no_more_time(manager: Manager) -> No
 
 # Sockets that systemd opened
 
-
-# Does what systemd does: the sockets from descriptor 3 on, and the variables; then becomes the service.
-_LAUNCHER = """
-import os, sys
-numbers = [int(number) for number in sys.argv[1].split(",")]
-for place, number in enumerate(numbers):
-    os.dup2(number, 100 + place)
-for place in range(len(numbers)):
-    os.dup2(100 + place, 3 + place)
-    os.close(100 + place)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(numbers)), LISTEN_FDNAMES=sys.argv[2])
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-
-
-def pass_sockets(agent: AgentProcess, sockets: Dict[str, socket.socket]) -> AgentProcess:
-    """Let an agent be started with these sockets, by name; a name may end in ``+`` to be another's double."""
-    agent.passed = [listener.fileno() for listener in sockets.values()]
-    numbers, names = ",".join(map(str, agent.passed)), ":".join(name.rstrip("+") for name in sockets)
-    agent.launcher = [sys.executable, "-c", _LAUNCHER, numbers, names]
-    return agent
-
-
-def listen(address: Any = ("127.0.0.1", 0)) -> socket.socket:
-    """A socket as systemd makes it; ``address`` is a path, or a host and a port."""
-    unix = isinstance(address, str)
-    listener = socket.socket(socket.AF_UNIX if unix else socket.AF_INET, socket.SOCK_STREAM)
-    listener.bind(address)
-    listener.listen(128)
-    return listener
-
-
-@pytest.fixture
-def activated(tmp_path: Path) -> Iterator[Callable[..., AgentProcess]]:
-    """Make an agent that has a model and is yet to be started with the given sockets."""
-    agents: List[AgentProcess] = []
-
-    def make(sockets: Dict[str, socket.socket]) -> AgentProcess:
-        agents.append(pass_sockets(AgentProcess(tmp_path), sockets))
-        return agents[-1]
-
-    install(tmp_path / "state", [linear_bundle(tmp_path / "b")])
-    yield make
-    for agent in agents:
-        agent.kill()
-
-
 _BODY = b'{"inputs": [{"name": "x", "shape": [1, 8], "datatype": "FP32", "data": [1, 1, 1, 1, 1, 1, 1, 1]}]}'
 _REQUEST = b"POST /v2/models/model/infer HTTP/1.1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (
     len(_BODY),
@@ -347,7 +301,6 @@ def test_a_passed_socket_on_the_network_is_refused(activated: Callable[..., Agen
         (("video",), "nothing is served on a TCP socket named 'video'"),
         (("",), "nothing is served on a TCP socket named ''"),
         (("control",), "nothing is served on a TCP socket named 'control'"),
-        (("grpc",), "gRPC's library opens its own socket"),
         (("http", "http+"), "two sockets were passed for http"),
     ],
 )

@@ -142,7 +142,7 @@ def test_a_device_without_a_running_agent_is_given_its_first_bundle(devices: Ssh
 
 
 def test_a_transfer_that_is_cut_goes_on(devices: SshDevices, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When ssh is killed in the middle, the link is made again; no more than the window is sent twice."""
+    """When ssh is killed in the middle, the link is made again; at most a hundredth is sent twice."""
     devices.add("gate")
     archive = make_bundle(devices.root, 1, rows=400)
     killed: list[int] = []
@@ -171,7 +171,7 @@ def test_a_transfer_that_is_cut_goes_on(devices: SshDevices, monkeypatch: pytest
     assert sum("trying again" in text for text in said) == 1
     with payload.prepared(archive) as prepared:
         total = sum(entry.size_bytes for entry in prepared.manifest.files)
-    assert sum(counted) <= total + connection.MIN_WINDOW_BYTES + 64 * 1024
+    assert sum(counted) <= 1.01 * total
 
 
 def remote_ssh(devices: SshDevices) -> int:

@@ -45,11 +45,11 @@ def make_device(tmp_path_factory: pytest.TempPathFactory, administrator: Path) -
     """Makes devices that are switched off and deleted at the end of the module."""
     made: list[Device] = []
 
-    def make(name: str, architecture: str = "amd64") -> Device:
+    def make(name: str, architecture: str = "amd64", namespace: str = "") -> Device:
         workdir = tmp_path_factory.mktemp(name)
         root = workdir / name
         copy_root(roots.base(architecture), root)
-        device = Device(root, administrator, workdir)
+        device = Device(root, administrator, workdir, namespace)
         made.append(device)
         return device
 

@@ -1,8 +1,9 @@
 """A device that really boots: a Debian root file system under systemd-nspawn, administered over SSH.
 
-It shares the network of this machine, so that everything listens on loopback under ports of its own. The
-power can be cut, which ends every process of the device at once; what a real disk would lose then is the
-subject of the crash harness (``tests/device_agent/test_crash.py``), since here the kernel lives on.
+It shares the network of this machine, so that everything listens on loopback under ports of its own, or has
+a network to itself (``network.py``). The power can be cut, which ends every process of the device at once;
+what a real disk would lose then is the subject of the crash harness (``tests/device_agent/test_crash.py``),
+since here the kernel lives on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -24,6 +26,10 @@ from typing import Any
 _BOOT_TIMEOUT_S = 120.0
 _POLL_S = 0.1
 _NO_ANSWER = 255  # ssh's own exit code
+_POST = (
+    "import sys, urllib.request as r; "
+    "sys.stdout.buffer.write(r.urlopen(sys.argv[1], sys.stdin.buffer.read(), timeout=60).read())"
+)
 
 
 class Device:
@@ -33,16 +39,21 @@ class Device:
         root: its root file system, which belongs to this device alone.
         key: private key of its administrator, who logs in as root.
         workdir: where the files of its SSH client go.
+        namespace: the network namespace that it has to itself; empty: it shares this machine's.
     """
 
-    def __init__(self, root: Path, key: Path, workdir: Path) -> None:
+    def __init__(self, root: Path, key: Path, workdir: Path, namespace: str = "") -> None:
         self.root = root
         self.name = root.name
         self.ssh_port = free_port()
         self.http_port = free_port()
+        self.grpc_port = free_port()
         self.ssh_config = workdir / f"{self.name}.ssh-config"
         self._log = workdir / f"{self.name}.console"
         self._container: subprocess.Popen[bytes] | None = None
+        self._network = [f"--network-namespace-path=/run/netns/{namespace}"] if namespace else []
+        #: What runs a command of this machine's in the device's network.
+        self._nearby = ["ip", "netns", "exec", namespace] if namespace else []
         self._admit(key, workdir / f"{self.name}.known-hosts")
 
     def boot(self) -> None:
@@ -58,7 +69,7 @@ class Device:
                         "--keep-unit",
                         "--console=pipe",
                     ),
-                    *("--machine", self.name, "--directory", str(self.root)),
+                    *("--machine", self.name, "--directory", str(self.root), *self._network),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
@@ -98,7 +109,7 @@ class Device:
             CalledProcessError: it failed and ``check`` is set; 255 where the device does not answer.
         """
         done = subprocess.run(
-            ["ssh", "-F", str(self.ssh_config), self.name, command],
+            [*self._nearby, "ssh", "-F", str(self.ssh_config), self.name, command],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -120,7 +131,11 @@ class Device:
 
     def set_ports(self) -> None:
         """Move the listeners to ports of this device's own, as an administrator does: with a drop-in."""
-        for unit, port in {"edgekit-agent": self.http_port, "edgekit-agent-metrics": free_port()}.items():
+        for unit, port in {
+            "edgekit-agent": self.http_port,
+            "edgekit-agent-grpc": self.grpc_port,
+            "edgekit-agent-metrics": free_port(),
+        }.items():
             drop_in = self.path(f"/etc/systemd/system/{unit}.socket.d/port.conf")
             drop_in.parent.mkdir(parents=True, exist_ok=True)
             unix = "ListenStream=/run/edgekit-agent/http.sock\n" if unit == "edgekit-agent" else ""
@@ -155,9 +170,14 @@ class Device:
     def infer(self, model: str, body: dict[str, Any]) -> list[float]:
         """The first output of an inference; raises OSError where the device does not answer right."""
         url = f"http://127.0.0.1:{self.http_port}/v2/models/{model}/infer"
-        with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=60) as answer:
-            values: list[float] = json.load(answer)["outputs"][0]["data"]
-            return values
+        data = json.dumps(body).encode()
+        if self._nearby:
+            answer = self._post_nearby(url, data)
+        else:
+            with urllib.request.urlopen(url, data, timeout=60) as response:
+                answer = response.read()
+        values: list[float] = json.loads(answer)["outputs"][0]["data"]
+        return values
 
     def wait_for_answer(self, model: str, body: dict[str, Any], timeout_s: float = 60.0) -> list[float]:
         """The first output of an inference, as soon as the model is served."""
@@ -182,6 +202,14 @@ class Device:
             shutil.copytree(source, target, dirs_exist_ok=True)
         else:
             shutil.copy(source, target)
+
+    def _post_nearby(self, url: str, data: bytes) -> bytes:
+        """As urlopen, by a process in the device's network."""
+        argv = [*self._nearby, sys.executable, "-c", _POST, url]
+        done = subprocess.run(argv, input=data, capture_output=True, timeout=90)
+        if done.returncode != 0:
+            raise OSError(done.stderr.decode().strip().rpartition("\n")[2])
+        return done.stdout
 
     def _admit(self, key: Path, known_hosts: Path) -> None:
         """Let the administrator's key in, and make the host key known."""
@@ -209,6 +237,12 @@ class DeviceCommandError(subprocess.CalledProcessError):
 
     def __str__(self) -> str:
         return f"{self.cmd!r} ended with {self.returncode}\n{self.stdout}\n{self.stderr}"
+
+
+def edgekit(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the host's command as its user would."""
+    argv = [str(Path(sys.executable).parent / "edgekit"), *map(str, arguments)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
 
 
 def free_port() -> int:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from bundles import MODEL, Release, request
-from device import Device, MakeDevice
+from device import Device, MakeDevice, edgekit
 
 QUICK = "[probation]\nduration_s = 0.5\nmin_requests = 5\n"
 
@@ -32,12 +30,6 @@ def fleet(make_device: MakeDevice, agent_package: Path, release: Release) -> lis
     return devices
 
 
-def edgekit(*arguments: object, config: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command as its user would, with the devices in the SSH configuration."""
-    argv = [str(Path(sys.executable).parent / "edgekit"), *map(str, arguments), "--ssh-config", str(config)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
-
-
 @pytest.fixture(scope="module")
 def ssh_config(fleet: list[Device], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One SSH configuration for all of them."""
@@ -48,14 +40,14 @@ def ssh_config(fleet: list[Device], tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_a_bundle_is_deployed_to_one_device(fleet: list[Device], ssh_config: Path, release: Release) -> None:
     """Success means that the device committed, and it answers with the new model."""
-    done = edgekit("deploy", release.good(2.0).archive, "--to", "ssh://gate-0", config=ssh_config)
+    done = edgekit("deploy", release.good(2.0).archive, "--to", "ssh://gate-0", "--ssh-config", ssh_config)
     assert done.returncode == 0, done.stderr
     assert fleet[0].infer(MODEL, request(1.0))[0] == 2.0
 
 
 def test_a_rollback_on_the_device_is_exit_5(fleet: list[Device], ssh_config: Path, release: Release) -> None:
     """A bundle that fails its self-test there ends with 5 and the device's reason, and the old one serves."""
-    done = edgekit("deploy", release.wrong(5.0).archive, "--to", "ssh://gate-0", config=ssh_config)
+    done = edgekit("deploy", release.wrong(5.0).archive, "--to", "ssh://gate-0", "--ssh-config", ssh_config)
     assert done.returncode == 5
     assert len(done.stderr.strip().splitlines()[-3:]) == 3
     assert fleet[0].infer(MODEL, request(1.0))[0] == 2.0
@@ -71,11 +63,12 @@ def test_a_fleet_is_updated_in_waves(
     record = tmp_path / "record.json"
     done = edgekit(
         *("deploy", good.archive, "--inventory", inventory, "--waves", "1,100%", "--record", record),
-        config=ssh_config,
+        "--ssh-config",
+        ssh_config,
     )
     assert done.returncode == 0, done.stderr
     assert [device.infer(MODEL, request(1.0))[0] for device in fleet] == [3.0] * 3
-    status = edgekit("fleet", "status", "--inventory", inventory, "--json", config=ssh_config)
+    status = edgekit("fleet", "status", "--inventory", inventory, "--json", "--ssh-config", ssh_config)
     assert status.returncode == 0, status.stderr
     assert json.dumps(json.loads(status.stdout)).count(good.digest) >= 3
 
@@ -89,7 +82,8 @@ def test_a_bad_wave_stops_the_rollout(
     done = edgekit(
         *("deploy", release.wrong(9.0).archive, "--inventory", inventory, "--waves", "1,100%"),
         *("--record", tmp_path / "record.json"),
-        config=ssh_config,
+        "--ssh-config",
+        ssh_config,
     )
     assert done.returncode == 5
     assert [device.infer(MODEL, request(1.0))[0] for device in fleet] == [3.0] * 3

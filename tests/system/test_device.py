@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from bundles import MODEL, Release, request
 from device import Device, DeviceCommandError, MakeDevice
-from load import load
+from load import GrpcClient, HttpClient, load
 
 KILLS = 200
 CONFIG = "[probation]\nduration_s = 1.0\nmin_requests = 20\n"
@@ -54,6 +54,12 @@ def factor_of(device: Device) -> float:
     return device.wait_for_answer(MODEL, request(1.0))[0]
 
 
+def exposure_of(device: Device) -> float:
+    """What `systemd-analyze security` gives the service, of 10."""
+    last = device.run("systemd-analyze security --no-pager edgekit-agent").stdout.strip().splitlines()[-1]
+    return float(last.split(":")[1].split()[0])
+
+
 def test_the_package_brings_up_a_healthy_system(device: Device) -> None:
     """After `dpkg -i` the agent runs as its own user, sandboxed, and systemd counts no failed unit."""
     assert device.run("systemctl is-system-running").stdout.strip() == "running"
@@ -61,8 +67,9 @@ def test_the_package_brings_up_a_healthy_system(device: Device) -> None:
         "notify",
         "edgekit",
     ]
-    exposure = device.run("systemd-analyze security --no-pager edgekit-agent").stdout.strip().splitlines()[-1]
-    assert float(exposure.split(":")[1].split()[0]) <= 2.0
+    exposure = exposure_of(device)
+    print(f"systemd-analyze security: {exposure}")
+    assert exposure <= 2.0
     assert factor_of(device) == 2.0
 
 
@@ -191,19 +198,57 @@ def test_power_cuts_leave_the_old_or_the_new_version(device: Device, release: Re
     assert factor_of(device) == 2.0
 
 
-def test_an_upgrade_of_the_agent_under_load_loses_no_request(device: Device, agent_package: Path) -> None:
+def test_grpc_is_switched_on_with_its_socket(device: Device) -> None:
+    """What docs/systemd.md says is enough, while clients ask over HTTP too, and outlasts a reboot."""
+    with load(lambda: HttpClient(device.http_port, MODEL, request(1.0))) as outcome:
+        device.run(
+            "systemctl enable edgekit-agent-grpc.socket"
+            " && systemctl restart edgekit-agent.service edgekit-agent-grpc.socket"
+        )
+    assert outcome.failures == {}
+    device.reboot()
+    factor_of(device)
+    client = GrpcClient(device.grpc_port, MODEL, request(1.0))
+    assert client.ask() == ""
+    client.close()
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_an_upgrade_of_the_agent_under_load_loses_no_request(
+    device: Device, agent_package: Path, protocol: str
+) -> None:
     """While `dpkg -i` replaces the running agent, every request of four busy clients is answered."""
     device.put(agent_package, "/root/agent.deb")
     factor_of(device)
     before = device.agent_pid()
-    with load(device.http_port, MODEL, request(1.0)) as outcome:
+    kind, port = {"http": (HttpClient, device.http_port), "grpc": (GrpcClient, device.grpc_port)}[protocol]
+    with load(lambda: kind(port, MODEL, request(1.0))) as outcome:
         time.sleep(1.0)
         device.run("dpkg --install /root/agent.deb")
         time.sleep(1.0)
     assert device.agent_pid() != before
-    print(f"{outcome.answered} answered, the longest took {outcome.longest_s:.2f} s")
+    print(f"{protocol}: {outcome.answered} answered, the longest took {outcome.longest_s:.2f} s")
     assert outcome.failures == {}
     assert outcome.answered > 100
+
+
+def test_the_unit_for_gpus_is_sound(device: Device) -> None:
+    """With `gpu.conf` systemd finds nothing to complain of, and the agent serves; there is no GPU here."""
+    device.run(
+        "mkdir -p /etc/systemd/system/edgekit-agent.service.d"
+        " && cp /usr/share/edgekit-agent/gpu.conf /etc/systemd/system/edgekit-agent.service.d/"
+        " && systemctl daemon-reload && systemctl restart edgekit-agent"
+    )
+    assert device.run("systemd-analyze verify edgekit-agent.service").stderr == ""
+    exposure = exposure_of(device)
+    print(f"systemd-analyze security with gpu.conf: {exposure} (not executed with a GPU)")
+    assert exposure <= 2.1
+    factor_of(device)
+    device.run(
+        "rm /etc/systemd/system/edgekit-agent.service.d/gpu.conf"
+        " && systemctl daemon-reload && systemctl restart edgekit-agent"
+    )
+    assert exposure_of(device) <= 2.0
 
 
 def test_the_log_is_in_the_journal(device: Device) -> None:
