@@ -158,6 +158,7 @@ class _Client(_End):
     def __init__(self, relay: GrpcRelay) -> None:
         self._relay = relay
         self._connecting: Optional[asyncio.Future[None]] = None
+        self._early = b""
         self._frames = Frames()
         self._leaving = False
 
@@ -166,9 +167,16 @@ class _Client(_End):
         if self.transport is None or not self._relay.admit(self):
             self.close()
             return
-        self.transport.pause_reading()  # until there is somebody to read for
         host = str(transport.get_extra_info("peername")[0])
         self._connecting = asyncio.ensure_future(self._relay.connect(self, host))
+
+    def data_received(self, data: bytes) -> None:
+        if self.other is not None:
+            self.other.write(data)
+            return
+        self._early += data
+        if self.transport is not None:
+            self.transport.pause_reading()  # in connection_made, older Pythons read on all the same
 
     def connection_lost(self, error: Optional[Exception]) -> None:
         super().connection_lost(error)
@@ -179,7 +187,9 @@ class _Client(_End):
         self.other = server
         if self.transport is None:
             server.close()
-        else:
+        elif self._early:
+            server.write(self._early)
+            self._early = b""
             self.transport.resume_reading()
 
     def write(self, data: bytes) -> None:

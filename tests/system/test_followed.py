@@ -112,7 +112,7 @@ def test_a_bad_bundle_is_rolled_back_and_not_tried_again(
 ) -> None:
     """The old version serves, `status` has the reason, and the device waits for the tag to move."""
     push(registry, release.wrong(9.0).archive)
-    follower = wait_for_follower(device, "outcome", "failed")
+    follower = wait_for_follower(device, "outcome", "refused")
     assert "golden" in follower["why"]
     tried = device.status()["last_operation"]
     time.sleep(6.0)  # three looks
