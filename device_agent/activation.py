@@ -27,7 +27,8 @@ from device_agent.swap import OnLoop, Swap
 from device_agent.swap_plan import NOTHING_TO_STOP, SwapPlan
 
 if TYPE_CHECKING:
-    from device_agent.models import LoadedModel, Models
+    from device_agent.loaded import LoadedModel
+    from device_agent.models import Models
 
 #: Reads the manifest of an installed version (name, digest) and checks its files and signature.
 Check = Callable[[str, str], Tuple[Manifest, Signer]]

@@ -11,9 +11,9 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Sequence
 
-from device_agent import __version__
+from device_agent import __version__, cli_lines
 from device_agent.errors import AgentError, BadInput, Missing
 
 if TYPE_CHECKING:
@@ -151,19 +151,19 @@ def _install(options: argparse.Namespace) -> int:
         return control_client.install(client, bundle, _progress, **choices)
 
     result = _ask(options, {"op": "install", "bundle": str(bundle), **choices}, hand_over)
-    _print(options, result, _changed(result))
+    _print(options, result, cli_lines.changed(result))
     return 0
 
 
 def _activate(options: argparse.Namespace) -> int:
     result = _ask(options, {"op": "activate", "digest": options.digest})
-    _print(options, result, _changed(result))
+    _print(options, result, cli_lines.changed(result))
     return 0
 
 
 def _rollback(options: argparse.Namespace) -> int:
     result = _ask(options, {"op": "rollback", "name": options.name or _only_model(options)})
-    _print(options, result, _changed(result))
+    _print(options, result, cli_lines.changed(result))
     return 0
 
 
@@ -176,7 +176,7 @@ def _remove(options: argparse.Namespace) -> int:
 def _trust(options: argparse.Namespace) -> int:
     if options.document is None:
         keys = _ask(options, {"op": "keys"})
-        _print(options, keys, _key_lines(keys))
+        _print(options, keys, cli_lines.key_lines(keys))
         return 0
     from device_agent import rotation
 
@@ -189,14 +189,16 @@ def _trust(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     versions = _ask(options, {"op": "list"})
-    _print(options, versions, [_version_line(version) for version in versions])
+    _print(options, versions, [cli_lines.version_line(version) for version in versions])
     return 0
 
 
 def _status(options: argparse.Namespace) -> int:
     models = _ask(options, {"op": "status"})
-    lines = [line for model in models for line in _model_lines(model)]
-    _print(options, models, lines if options.json else [*lines, *_key_lines(_ask(options, {"op": "keys"}))])
+    lines = [line for model in models for line in cli_lines.model_lines(model)]
+    if not options.json:
+        lines += cli_lines.key_lines(_ask(options, {"op": "keys"}))
+    _print(options, models, lines)
     return 0
 
 
@@ -295,69 +297,8 @@ def _only_model(options: argparse.Namespace) -> str:
     return str(names[0])
 
 
-# Printing
-
-
 def _print(options: argparse.Namespace, document: Any, lines: List[str]) -> None:
     print(json.dumps(document, indent=2) if options.json else "\n".join(lines))
-
-
-def _changed(result: Mapping[str, Any]) -> List[str]:
-    signer = f"signed by {result['signer']}" if result["signer"] else "not signed"
-    line = f"{result['state']} {result['name']} {result['version']} {result['digest'][:12]} ({signer})"
-    return [line, result["pause"]] if result["pause"] else [line]
-
-
-def _version_line(version: Mapping[str, Any]) -> str:
-    marks = [mark for mark in ("active", "fallback", "committed") if version[mark]]
-    number = "damaged" if version["version"] is None else version["version"]
-    return f"{version['name']} {number} {version['digest'][:12]} {' '.join(marks)}".rstrip()
-
-
-def _model_lines(model: Mapping[str, Any]) -> List[str]:
-    serving = model["serving"]
-    lines = [f"{model['name']}: " + (f"serves {serving[:12]}" if serving else model["pause"] or "not served")]
-    lines += [_engine_line(model["engine"])] if model["engine"] else []
-    lines += [f"  {_version_line(version)}" for version in model["versions"]]
-    if model["follow"] is not None:
-        from device_agent.follow import report
-
-        lines.append(report.line(model["follow"]))
-    last: Optional[Dict[str, Any]] = model["last_operation"]
-    if last is not None:
-        failure = last["failure"]
-        outcome = (
-            f"failed after {last['state']}: {failure['what']}: {failure['why']}" if failure else last["state"]
-        )
-        lines.append(f"  last: {last['operation']} {last['digest'][:12]}: {outcome}")
-        if last.get("shadow") is not None:
-            from device_agent.probation import report as shadow_report
-
-            lines.append(shadow_report.line(last["shadow"]))
-    return lines
-
-
-def _key_lines(keys: List[Mapping[str, Any]]) -> List[str]:
-    names = {key["fingerprint"]: key["name"] for key in keys}
-    return [
-        f"key {key['name']} {key['fingerprint'][:16]}"
-        + (f" named by {names.get(key['added_by'], key['added_by'][:16])}" if key["added_by"] else "")
-        + (" retired" if key["retired"] else "")
-        for key in keys
-    ] or ["no trusted keys"]
-
-
-def _engine_line(engine: Mapping[str, Any]) -> str:
-    """What runs where; a thread outside the cores that were asked for is pointed out."""
-    cores = sorted({thread["cpus"] for thread in engine["threads"]})
-    parts = [f"{engine['runtime']} in process {engine['process']}"]
-    parts += [f"{len(engine['threads'])} threads on cores {' and '.join(cores)}"] if cores else []
-    parts += [f"not confined to {engine['asked']['cpus']}"] if engine["placed"] is False else []
-    parts += [f"memory {engine['memory_policy']}"] if engine["memory_policy"] else []
-    parts += (
-        [f"restarted {engine['restarts']} times ({engine['last_failure']})"] if engine["restarts"] else []
-    )
-    return "  engine: " + ", ".join(parts)
 
 
 if __name__ == "__main__":

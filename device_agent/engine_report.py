@@ -11,7 +11,7 @@ from device_agent.engines.base import Engine, EngineSettings
 from device_agent.memory import resident_bytes
 
 if TYPE_CHECKING:
-    from device_agent.models import LoadedModel
+    from device_agent.loaded import LoadedModel
 
 
 def report(loaded: LoadedModel, asked: EngineSettings) -> Dict[str, Any]:

@@ -41,7 +41,8 @@ from device_agent.store import Store, Version
 from device_agent.swap_plan import NOTHING_TO_STOP
 
 if TYPE_CHECKING:
-    from device_agent.models import LoadedModel, Models
+    from device_agent.loaded import LoadedModel
+    from device_agent.models import Models
 
 OnState = Callable[[str], None]
 _DEFAULT_TIMEOUTS = Timeouts()

@@ -1,4 +1,4 @@
-"""The models that serve: engine, self-test and batcher as one, swapped as one.
+"""The models that serve, by name, swapped one for another.
 
 An installed bundle serves one version; a model of a repository serves as many as its configuration says.
 
@@ -9,85 +9,24 @@ is closed when its queue is empty; requests after it run on the new one. None fa
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import threading
-import time
-from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
-from device_agent.affinity import ANYWHERE
-from device_agent.batching.batcher import Batcher, BatcherSettings
-from device_agent.batching.cores import Shares, on_one_core
-from device_agent.batching.settings import Batching
 from device_agent.building.builds import EngineBuilds
 from device_agent.config import Config
 from device_agent.engine_report import report
-from device_agent.engines import candidates, keep_up, on_restart, open_as_set, why_down
-from device_agent.engines.base import Engine, EngineError, EngineSettings
-from device_agent.engines.source import EngineSource
-from device_agent.errors import AgentError, Refused
-from device_agent.manifest import Manifest, Resources
-from device_agent.memory import give_back, resident_bytes
+from device_agent.engines.base import Engine
+from device_agent.errors import Refused
+from device_agent.loaded import LoadedModel
+from device_agent.loading import Loader
+from device_agent.manifest import Manifest
+from device_agent.memory import give_back
 from device_agent.metrics import Metrics
 from device_agent.probation.shadow import Shadow, why_skipped
 from device_agent.probation.verdict import Reference
 from device_agent.probation.watch import Watch, reference_of
-from device_agent.resources import NO_WISHES, engine_settings
-from device_agent.selftest import SelfTest, check, load_arrays
-from device_agent.swap_plan import (
-    NOTHING_TO_STOP,
-    Cost,
-    SwapPlan,
-    available_bytes,
-    estimate,
-    plan,
-    require_memory,
-)
-from device_agent.warmup import learn_latency
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A version that is ready to serve.
-
-    Attributes:
-        manifest: the bundle's manifest; of a repository's model, what its configuration says.
-        digest: the bundle's identity, or that of the repository's files.
-        directory: where it is unpacked.
-        engine: passed the self-test and is warm.
-        batcher: the queue in front of the engine.
-        selftest: how close it came to the golden outputs.
-        batchable: whether requests may share a run: every tensor has a free batch axis.
-        config: of a repository's model, its configuration in Triton's JSON form.
-        cost: what loading it took.
-        labels: the names of the classes, by output; outputs without names are not in it.
-    """
-
-    manifest: Manifest
-    digest: str
-    directory: Path
-    engine: Engine
-    batcher: Batcher
-    selftest: SelfTest
-    batchable: bool
-    config: Optional[Mapping[str, Any]] = None
-    labels: Mapping[str, Tuple[str, ...]] = field(default_factory=dict)
-    cost: Cost = field(default_factory=Cost)
-
-    @property
-    def version(self) -> str:
-        """The version as the protocol writes it."""
-        return str(self.manifest.version)
-
-    @property
-    def why_down(self) -> str:
-        """Why it cannot answer at the moment although it is loaded; empty: it can."""
-        return why_down(self.engine)
+from device_agent.swap_plan import NOTHING_TO_STOP, SwapPlan, available_bytes, estimate, plan, require_memory
 
 
 class Models:
@@ -95,16 +34,17 @@ class Models:
 
     Attributes:
         builds: the engines that this device builds for itself.
+        loader: opens engines as they are configured here.
     """
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
+        self.builds = EngineBuilds(config, metrics)
+        self.loader = Loader(config, metrics, self.builds)
         self._config = config
         self._metrics = metrics
-        self.builds = EngineBuilds(config, metrics)
         self._serving: Dict[str, Tuple[LoadedModel, ...]] = {}  # by name; versions ascend
         self._repository_names: Set[str] = set()
         self._pauses: Dict[str, SwapPlan] = {}
-        self._shares = Shares(config.concurrent_runs)
         self._retiring: List[LoadedModel] = []
 
     def prepare(self, directory: Path, manifest: Manifest, digest: str) -> LoadedModel:
@@ -121,47 +61,12 @@ class Models:
                 "it comes from the model repository",
                 "unload it there, or start the agent without --model-repository",
             )
-        settings = self._engine_settings(manifest)
-        failure: Optional[Refused] = None
-        started_s, before_bytes = time.monotonic(), resident_bytes(os.getpid())
-        built = self.builds.source(directory, manifest)
-
-        def passed_over(source: EngineSource, error: AgentError) -> None:
-            if source is built:
-                self.builds.passed_over(manifest, f"{error.what}: {error.why}")
-
-        for engine in candidates(directory, manifest, settings, built, passed_over):
-            try:
-                loaded = self._bring_up(engine, directory, manifest, digest)
-                apart = engine.process != os.getpid()
-                grown_bytes = resident_bytes(engine.process) - (0 if apart else before_bytes)
-                return replace(loaded, cost=Cost(max(0, grown_bytes), time.monotonic() - started_s))
-            except Refused as error:
-                _log.warning("%s of %s: %s: %s", engine.runtime, manifest.name, error.what, error.why)
-                failure = error
-                if built is not None and engine.runtime == built.runtime:
-                    self.builds.reject(manifest, f"{error.what}: {error.why}")
-        raise failure or Refused(
-            f"{manifest.name} has no engine for this device", "none fits", "build the bundle for this device"
-        )
-
-    def _bring_up(self, engine: Engine, directory: Path, manifest: Manifest, digest: str) -> LoadedModel:
-        try:
-            selftest = check(engine, directory, manifest)
-            size = manifest.max_batch_size if is_batchable(manifest) else 1
-            batcher = self._batcher(engine, manifest, digest, size, self._config.batching)
-            _warm_up(engine, batcher, directory, manifest)
-            keep_up(engine, partial(check, directory=directory, manifest=manifest))
-        except BaseException:
-            engine.close()
-            raise
-        give_back()
-        return LoadedModel(manifest, digest, directory, engine, batcher, selftest, is_batchable(manifest))
+        return self.loader.load(directory, manifest, digest)
 
     def describe_engine(self, name: str) -> Optional[Dict[str, Any]]:
         """Where a model's engine runs, read back now (see ``engine_report``); None if it does not serve."""
         loaded = self.get(name)
-        return None if loaded is None else report(loaded, self._engine_settings(loaded.manifest))
+        return None if loaded is None else report(loaded, self.loader.settings_of(loaded.manifest))
 
     def plan_swap(self, manifest: Manifest) -> SwapPlan:
         """How a version would take the place of the one that serves, with what is free now."""
@@ -278,30 +183,6 @@ class Models:
         """Why a model does not serve at the moment, if that is planned."""
         return self._pauses.get(name)
 
-    def open_graph(self, graph: Path, name: str, threads: Optional[int]) -> Engine:
-        """Load an ONNX file that no bundle describes, as a model of ``name`` is configured. Blocks.
-
-        Args:
-            graph: the file.
-            name: the model's.
-            threads: of one run, where the configuration has no own number for the model; None: the agent's.
-
-        Raises:
-            Missing: ONNX Runtime is not installed.
-            Refused: it does not take the file.
-        """
-        settings = engine_settings(self._config, name, Resources(threads))
-        engine = open_as_set(EngineSource("onnxruntime", str(graph)), settings)
-        keep_up(engine, _accept_any)
-        return engine
-
-    def graph_batcher(
-        self, engine: Engine, manifest: Manifest, digest: str, batching: Optional[Batching]
-    ) -> Batcher:
-        """The queue in front of an engine of :meth:`open_graph`; without ``batching`` requests run alone."""
-        size = manifest.max_batch_size if batching is not None and is_batchable(manifest) else 1
-        return self._batcher(engine, manifest, digest, size, batching or Batching())
-
     def switch(self, loaded: LoadedModel) -> Optional[LoadedModel]:
         """Send new requests to ``loaded``.
 
@@ -385,55 +266,7 @@ class Models:
                 return f"a run of {name} {loaded.version} takes longer than {timeout_s:g} s"
         return ""
 
-    def _engine_settings(self, manifest: Manifest) -> EngineSettings:
-        return engine_settings(self._config, manifest.name, manifest.resources or NO_WISHES)
-
-    def _batcher(
-        self, engine: Engine, manifest: Manifest, digest: str, max_batch_size: int, batching: Batching
-    ) -> Batcher:
-        model = self._config.of_model(manifest.name)
-        placed = self._engine_settings(manifest)
-        settings = BatcherSettings(
-            max_batch_size=max_batch_size,
-            max_queue_size=model.max_queue_size or self._config.limits.max_queue_size,
-            batching=model.batching or batching,
-            slo_s=model.slo_ms / 1e3 or None,
-            weight=model.weight,
-            one_core=on_one_core(placed),
-            own_thread=placed.isolate or bool(placed.placement),
-            # An isolated engine's process has its place; what is left here only waits for it.
-            placement=ANYWHERE if placed.isolate else placed.placement,
-        )
-        metrics = self._metrics.of_model(manifest.name, digest)
-        on_restart(engine, metrics.count_engine_restart)
-        return Batcher(engine, settings, metrics, self._shares.of(placed))
-
-
-def _accept_any(engine: Engine) -> None:
-    """A repository's model has no golden outputs: an engine process that loads it may serve."""
-
 
 def _close(engine: Engine) -> None:
     engine.close()
     give_back()
-
-
-def is_batchable(manifest: Manifest) -> bool:
-    """Whether every tensor has a free first axis, which then is the batch."""
-    free = all(spec.shape[:1] == (-1,) for spec in manifest.inputs + manifest.outputs)
-    return free and manifest.max_batch_size > 0
-
-
-def _warm_up(engine: Engine, batcher: Batcher, directory: Path, manifest: Manifest) -> None:
-    """Run the golden inputs until buffers are allocated and the latency of small batches is known."""
-    golden = load_arrays(directory / manifest.golden.inputs, manifest.inputs)
-    try:
-        learn_latency(
-            engine, batcher.latency, golden, manifest.max_batch_size if is_batchable(manifest) else 0
-        )
-    except EngineError as error:
-        raise Refused(
-            f"{manifest.name} version {manifest.version} does not run at every batch size that it states",
-            str(error),
-            "build the bundle again with a smaller max_batch_size",
-        ) from error

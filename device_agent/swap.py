@@ -12,7 +12,8 @@ from device_agent.errors import AgentError, Refused
 from device_agent.swap_plan import SwapPlan
 
 if TYPE_CHECKING:
-    from device_agent.models import LoadedModel, Models
+    from device_agent.loaded import LoadedModel
+    from device_agent.models import Models
 
 _POLL_S = 1.0
 _log = logging.getLogger(__name__)

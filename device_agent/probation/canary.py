@@ -12,7 +12,7 @@ from device_agent.selftest import compare, load_arrays
 
 if TYPE_CHECKING:
     from device_agent.batching.batcher import Batcher
-    from device_agent.models import LoadedModel
+    from device_agent.loaded import LoadedModel
 
 _BATCH_KEY = "the agent's own"  # no request has it, so these run alone and their time is their own
 

@@ -26,7 +26,7 @@ from device_agent.probation.settings import ProbationSettings
 from device_agent.probation.verdict import CONFIRMING_RUNS, Mirrored, against_mirrored
 
 if TYPE_CHECKING:
-    from device_agent.models import LoadedModel
+    from device_agent.loaded import LoadedModel
 
 _LOOK_S = 0.005  # how often a moment is looked for in which no model has anything to do
 _GOLDEN_ROWS_TAKE = 2  # timeouts at most: two rows without an answer are enough to tell

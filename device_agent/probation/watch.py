@@ -16,7 +16,7 @@ from device_agent.probation.settings import ProbationSettings
 from device_agent.probation.verdict import Evidence, Reference, against, needs_confirmation
 
 if TYPE_CHECKING:
-    from device_agent.models import LoadedModel
+    from device_agent.loaded import LoadedModel
 
 _LEAST_CANARIES = 4  # over a probation, however many clients ask: an engine that hangs answers nobody
 _GOLDEN_ROWS_TAKE = 2  # timeouts at most: two rows without an answer end a probation

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Sequence
 
 from device_agent.errors import AgentError, BadInput, Refused
-from device_agent.models import LoadedModel, Models
+from device_agent.loaded import LoadedModel
+from device_agent.models import Models
 from device_agent.repository import files
 from device_agent.repository.uploads import Uploads
 from device_agent.repository.version import open_version

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple
 
 from device_agent.batching.settings import Batching, QueuePolicy, problems
+from device_agent.loaded import LoadedModel, is_batchable
 from device_agent.manifest import Contract, Golden, Manifest, Resources
-from device_agent.models import LoadedModel, Models, is_batchable
+from device_agent.models import Models
 from device_agent.repository import files
 from device_agent.repository.completion import complete, specs
 from device_agent.repository.document import ConfigError
@@ -35,13 +36,13 @@ def open_version(
         Refused: ONNX Runtime does not take the graph, or it fails its own warm-up.
     """
     graph = directory / str(version) / config.filename
-    engine = models.open_graph(graph, config.name, config.threads)
+    engine = models.loader.open_graph(graph, config.name, config.threads)
     try:
         completed = complete(config, engine.inputs, engine.outputs)
         labels = _labels(directory, completed)
         engine = reshaped(engine, completed)
         manifest = _manifest(completed, version, graph)
-        batcher = models.graph_batcher(engine, manifest, digest, _batching(completed))
+        batcher = models.loader.graph_batcher(engine, manifest, digest, _batching(completed))
         warm_up(engine, batcher.latency, directory, completed)
     except BaseException:
         engine.close()

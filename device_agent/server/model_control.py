@@ -11,7 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Dict, List, Mapping, Optional, Sequence
 
 from device_agent.errors import AgentError
-from device_agent.models import LoadedModel, Models
+from device_agent.loaded import LoadedModel
+from device_agent.models import Models
 from device_agent.server.fields import ProtocolError, shown
 
 if TYPE_CHECKING:

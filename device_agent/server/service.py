@@ -31,8 +31,9 @@ from device_agent.batching.job import DeadlineExceeded, Job, QueueFull
 from device_agent.batching.settings import document
 from device_agent.config import Config
 from device_agent.engines.base import EngineUnavailable, InputError
+from device_agent.loaded import LoadedModel
 from device_agent.metrics import Metrics
-from device_agent.models import LoadedModel, Models
+from device_agent.models import Models
 from device_agent.server.documents import model_config, model_metadata, model_statistics
 from device_agent.server.fields import ProtocolError, shown
 from device_agent.server.interface import Arrays, InferRequest, ModelInterface

@@ -5,9 +5,10 @@ from __future__ import annotations
 import html
 
 from device_agent import __version__
+from device_agent.loaded import LoadedModel
 from device_agent.metrics import Metrics
 from device_agent.metrics_page import render
-from device_agent.models import LoadedModel, Models
+from device_agent.models import Models
 from device_agent.server.connection import Connection
 from device_agent.server.request import Request
 

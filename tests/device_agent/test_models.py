@@ -14,9 +14,10 @@ from agent_testing import TestBundle, linear, linear_bundle, make_model, session
 from device_agent.batching.batcher import Job
 from device_agent.config import Config
 from device_agent.errors import Refused
+from device_agent.loaded import LoadedModel, is_batchable
 from device_agent.manifest import EngineEntry, TensorSpec
 from device_agent.metrics import Metrics
-from device_agent.models import LoadedModel, Models, is_batchable
+from device_agent.models import Models
 
 X = np.ones((1, 8), np.float32)
 

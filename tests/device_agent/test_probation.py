@@ -425,7 +425,7 @@ def test_a_leaking_version_is_told_by_its_process(
     if leaks:
         candidates = engines.candidates
         monkeypatch.setattr(
-            "device_agent.models.candidates",
+            "device_agent.loading.candidates",
             lambda *arguments: (LeakingEngine(engine) for engine in candidates(*arguments)),
         )
     loaded = models.prepare(bundle.directory, bundle.manifest, bundle.digest)
