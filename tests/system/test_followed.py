@@ -13,7 +13,7 @@ from bundles import MODEL, Release, request
 from device import Device, MakeDevice, edgekit
 from network import Network, private_network
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "device_agent"))
+sys.path.append(str(Path(__file__).parents[1] / "device_agent"))  # last: it has a conftest.py too
 
 from registry_kit import Registry, needs_registry
 
