@@ -13,16 +13,16 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Set, Tuple, Type
+from typing import Any, Dict, FrozenSet, List, Mapping, Set, Tuple, Type
 
 import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _binding
 
 from device_agent.affinity import Placement, placed, policy_of_thread, threads_of
-from device_agent.engines import external_data
+from device_agent.engines import cuda, external_data
 from device_agent.engines.base import Arrays, Engine, EngineError, EngineSettings, InputError
-from device_agent.engines.onnxruntime_cuda import PROVIDER, BoundRuns, providers, runs_on_gpu
+from device_agent.engines.cuda import CudaError
 from device_agent.errors import Refused
 from device_agent.manifest import TensorSpec
 from device_agent.tensors import object_array
@@ -44,6 +44,7 @@ _DTYPES = {
     "tensor(string)": "BYTES",
 }
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 CARRIES_BFLOAT16 = hasattr(onnxruntime.OrtValue, "ortvalue_from_numpy_with_onnx_type")
 
 # The binding's errors have no common base class of their own.
@@ -62,8 +63,19 @@ def fingerprint() -> Mapping[str, str]:
     Returns:
         ``version``, and ``provider``: ``cuda`` or ``cpu``.
     """
-    provider = "cuda" if PROVIDER in providers() else "cpu"
+    provider = "cuda" if _CUDA in _providers() else "cpu"
     return {"version": onnxruntime.__version__, "provider": provider}
+
+
+def _providers() -> List[str]:
+    """What a session should run on, in order of preference; what CUDA cannot run falls to the CPU."""
+    if _CUDA not in onnxruntime.get_available_providers():
+        return [_CPU]
+    try:
+        cuda.device()
+    except CudaError:  # the package is here and a GPU is not
+        return [_CPU]
+    return [_CUDA, _CPU]
 
 
 def open_graph(path: Path, settings: EngineSettings) -> Engine:
@@ -77,7 +89,7 @@ def open_graph(path: Path, settings: EngineSettings) -> Engine:
         before = threads_of(os.getpid())
         with placed(settings.placement):  # the session's threads inherit it
             session = onnxruntime.InferenceSession(
-                str(path), sess_options=_options(settings), providers=providers()
+                str(path), sess_options=_options(settings), providers=_providers()
             )
             policy = "" if settings.placement.numa_node is None else policy_of_thread()
         started = threads_of(os.getpid()) - before
@@ -137,17 +149,15 @@ class OnnxRuntimeEngine:
         self._output_names = [spec.name for spec in self.outputs]
         self._text_inputs = [spec.name for spec in self.inputs if spec.dtype == "BYTES"]
         self._text_outputs = [spec.name for spec in self.outputs if spec.dtype == "BYTES"]
-        plain = not self._text_inputs and not self._text_outputs
-        self._bound: Optional[BoundRuns] = None
-        if plain and runs_on_gpu(session):
-            self._bound = BoundRuns(session, [spec.name for spec in self.inputs], self._output_names)
         self._has_bfloat16 = any(spec.dtype == "BF16" for spec in self.inputs + self.outputs)
 
     def run(self, inputs: Arrays) -> Dict[str, np.ndarray[Any, Any]]:
         """See :meth:`device_agent.engines.base.Engine.run`."""
         feeds = _with_text(inputs, self._text_inputs) if self._text_inputs else inputs
         try:
-            values = self._values(feeds)
+            values = (
+                self._run_bound(feeds) if self._has_bfloat16 else self._session.run(self._output_names, feeds)
+            )
         except _ERRORS as error:
             raise EngineError(_first_line(error)) from error
         outputs = dict(zip(self._output_names, values))
@@ -157,15 +167,7 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         """Free the session."""
-        self._session = self._bound = None
-
-    def _values(self, feeds: Arrays) -> List[np.ndarray[Any, Any]]:
-        if self._has_bfloat16:
-            return self._run_bound(feeds)
-        if self._bound is not None:
-            return self._bound.run(feeds)
-        values: List[np.ndarray[Any, Any]] = self._session.run(self._output_names, feeds)
-        return values
+        self._session = None
 
     def _run_bound(self, feeds: Arrays) -> List[np.ndarray[Any, Any]]:
         binding = self._session.io_binding()

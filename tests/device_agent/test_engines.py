@@ -12,6 +12,7 @@ from agent_testing import identity, linear, linear_bundle, session_of, write_bun
 from device_agent import engines, selftest
 from device_agent.engines import onnxruntime as ort_engine
 from device_agent.engines.base import EngineError, EngineSettings, InputError
+from device_agent.engines.cuda import CudaError
 from device_agent.errors import Missing, Refused
 from device_agent.manifest import EngineEntry, Manifest
 from device_agent.tensors import NUMPY_DTYPES, object_array
@@ -59,6 +60,24 @@ def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="x") as caught:
         engine.run({"x": np.zeros((1, 9), np.float32)})
     assert "\n" not in str(caught.value)
+
+
+def test_the_gpu_is_used_where_package_and_driver_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CUDA provider and a driver: the GPU first, the CPU second; without either, the CPU alone."""
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    for available, driver, expected in (
+        (both, True, both),
+        (both, False, both[1:]),
+        (both[1:], True, both[1:]),
+    ):
+        monkeypatch.setattr(ort_engine.onnxruntime, "get_available_providers", lambda a=available: a)
+        monkeypatch.setattr(ort_engine.cuda, "device", lambda d=driver: d or _no_driver())
+        assert ort_engine._providers() == expected
+        assert ort_engine.fingerprint()["provider"] == ("cuda" if expected == both else "cpu")
+
+
+def _no_driver() -> None:
+    raise CudaError("there is no CUDA driver")
 
 
 def test_a_corrupt_graph_is_refused(tmp_path: Path) -> None:
