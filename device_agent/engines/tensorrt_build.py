@@ -325,9 +325,10 @@ def _monitor(trt: Any, on_progress: OnProgress) -> Any:
             super().__init__()
             self._steps: Dict[str, int] = {}
 
-        def phase_start(self, phase: str, _parent: Optional[str], steps: int) -> None:
+        def phase_start(self, phase: str, parent: Optional[str], steps: int) -> None:
             self._steps[phase] = steps
-            on_progress(phase, 0, steps)
+            if parent is None:  # those below are many and short
+                on_progress(phase, 0, steps)
 
         def step_complete(self, phase: str, step: int) -> bool:
             on_progress(phase, step + 1, self._steps.get(phase, 0))
