@@ -152,7 +152,9 @@ def _split(
     if len(sizes) == 1:
         return [merged]
     if merged.labels is None:
-        return [PLAIN] * len(sizes)
+        return [
+            Axis(None, frozenset(place for place in merged.places if place.size == size)) for size in sizes
+        ]
     values = labels.roots(merged.labels).reshape(sizes)
     varying = [i for i in range(len(sizes)) if not constant_along(values, i)]
     if not varying:

@@ -73,7 +73,7 @@ def _broadcast(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]) 
     made = []
     for back in range(1, len(shape) + 1):
         meeting = [axes[-back] for axes, size in known if len(size) >= back and size[-back] == shape[-back]]
-        made.append(tracer.tie(meeting, shape[-back]) if meeting else PLAIN)
+        made.append(tracer.meet(meeting, shape[-back]) if meeting else PLAIN)
     return tuple(reversed(made))
 
 

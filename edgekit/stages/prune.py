@@ -37,8 +37,10 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     """
     import torch
 
+    from edgekit.pruning.rewriting import rewrite
+
     model = inputs.sources.model
-    original = model.module()
+    original = rewrite(model.module())
     example = tuple(torch.from_numpy(array) for array in model.example(2).values())
     alignment = max(profile.alignment.values())
     structure = pruning.examine(original, example)
