@@ -253,7 +253,6 @@ _TRANSFORMERS: dict[str, tuple[str, _Recipe]] = {
     "ast": ("speech", _Recipe("AutoModelForAudioClassification", "ASTConfig", {"input_values": (64, 32)},
             {**_VIT, "max_length": 64, "num_mel_bins": 32})),
     "vit": ("vision", _Recipe("AutoModelForImageClassification", "ViTConfig", _PIXELS, _VIT)),
-    "deit": ("vision", _Recipe("AutoModelForImageClassification", "DeiTConfig", _PIXELS, _VIT)),
     "beit": ("vision", _Recipe("AutoModelForImageClassification", "BeitConfig", _PIXELS,
              {**_VIT, "use_relative_position_bias": True})),
     "dinov2": ("vision", _Recipe("AutoModelForImageClassification", "Dinov2Config", _PIXELS, _VIT)),
@@ -309,7 +308,7 @@ def subjects() -> dict[str, Subject]:
 
 #: One of every kind of graph, cheap to run.
 DOZEN = (
-    "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "lraspp_mobilenet_v3_large",
+    "resnet18", "swin_t", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "lraspp_mobilenet_v3_large",
     "ssdlite320_mobilenet_v3_large", "hf-bert", "hf-gpt2", "hf-llama", "hf-mixtral", "hf-t5", "hf-wav2vec2",
     "hf-swin", "hf-detr", "hf-clip",
 )  # fmt: skip
