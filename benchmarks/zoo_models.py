@@ -308,7 +308,8 @@ def subjects() -> dict[str, Subject]:
 
 #: One of every kind of graph, cheap to run.
 DOZEN = (
-    "resnet18", "swin_t", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "lraspp_mobilenet_v3_large",
-    "ssdlite320_mobilenet_v3_large", "hf-bert", "hf-gpt2", "hf-llama", "hf-mixtral", "hf-t5", "hf-wav2vec2",
+    "resnet18", "swin_t", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1",
+    "lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large",
+    "hf-bert", "hf-gpt2", "hf-llama", "hf-mixtral", "hf-t5", "hf-wav2vec2",
     "hf-swin", "hf-detr", "hf-clip",
 )  # fmt: skip

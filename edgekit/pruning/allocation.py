@@ -57,7 +57,7 @@ def globally(
 
 
 def _filled(structure: Structure, scores: Scores, widths: Widths, bound: float, alignment: int) -> Widths:
-    """Give back what still fits, the most important first: a step of a wide group can go far below the size."""
+    """Give back what still fits, the most important first: one step of a wide group can be a large one."""
     filled = dict(widths)
     steps = []
     for group in structure.prunable:

@@ -86,7 +86,8 @@ def _repair(
             return renumbered | alike
         if not alike <= tied:
             tied |= alike
-            if any([_tie(found, other) for other in alike]):
+            changed = [_tie(found, other) for other in sorted(alike)]
+            if any(changed):
                 return renumbered
         if _pin(found, modules, alike, f"{type(modules[name]).__name__} needs its size: {why}"):
             return renumbered

@@ -25,7 +25,7 @@ def rewrite(model: nn.Module) -> nn.Module:
 def _fold(module: nn.Module) -> None:
     """Store the weights that parametrizations and weight norms compute."""
     if parametrize.is_parametrized(module):
-        for name in list(module.parametrizations):  # type: ignore[arg-type,union-attr]
+        for name in list(module.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(module, name)
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, torch.nn.utils.weight_norm.WeightNorm):  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ class SplitAttention(nn.Module):
         scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
         if attn_mask is not None:
             if attn_mask.dim() == 3:
-                attn_mask = attn_mask.unflatten(0, (q.shape[0], -1))
+                attn_mask = attn_mask.reshape(q.shape[0], -1, *attn_mask.shape[1:])
             scores = scores + _additive(attn_mask, scores)
         if key_padding_mask is not None:
             scores = scores + _additive(key_padding_mask[:, None, None], scores)
@@ -105,7 +105,7 @@ class SplitAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """[batch, length, heads x width] to [batch, heads, length, width]."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.reshape(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
 
 
 def _additive(mask: Tensor, scores: Tensor) -> Tensor:
