@@ -74,7 +74,7 @@ def portable(model: Model, path: Path) -> None:
     Raises:
         BadInput: as ``run``.
     """
-    _export(model.module(), model, PREFERRED_OPSET, path)
+    export_module(model.module(), model, PREFERRED_OPSET, path)
 
 
 def _take_over(model: Model, path: Path, profile: Profile) -> dict[str, Any]:
