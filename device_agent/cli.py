@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     trust.add_argument("document", type=Path, nargs="?", help="what `edgekit rotate-key` wrote")
     add("status", _status, "show what serves, how the last operation ended, and the keys that count")
     add("connect", _connect, "the device's end of `edgekit deploy --to ssh://...`")
+    add("measure", _measure, "the device's end of `edgekit compress --measure-on ssh://...`")
     logs = add("logs", _logs, "show what the journal holds of the agent")
     logs.add_argument("--lines", type=int, default=100, help="how many, counted from the end; default 100")
     add("check", _check, "can this device serve?")
@@ -206,6 +207,12 @@ def _connect(options: argparse.Namespace) -> int:
     from device_agent import connect
 
     return connect.run(_config(options), sys.stdin.buffer, sys.stdout.buffer)
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from device_agent import measure
+
+    return measure.run(sys.stdin.buffer, sys.stdout.buffer)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -99,6 +99,8 @@ def _print_usage_error(error: click.ClickException) -> None:
 @click.option(
     "--workdir", type=path_argument, default=Path(".edgekit"), show_default=True, help="Work kept for reuse."
 )
+@click.option("--measure-on", metavar="ssh://HOST", help="Measure latencies on a device that has the agent.")
+@click.option("--study", metavar="URL", help="Join a search with others: a file, or postgresql://HOST/NAME.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @json_option
 def compress(
@@ -117,6 +119,8 @@ def compress(
     seed: int | None,
     out: Path | None,
     workdir: Path,
+    measure_on: str | None,
+    study: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> int:
@@ -143,6 +147,8 @@ def compress(
             overrides,
             out,
             workdir,
+            measure_on,
+            study,
         )
     )
     if dry_run:

@@ -6,26 +6,27 @@ import importlib.metadata
 import os
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit import postprocess, preprocess, profile, release, search
-from edgekit.artifact import Artifact, Store, disk_full_is_an_error, open_store
+from edgekit.artifact import Store, disk_full_is_an_error, open_store
 from edgekit.bundle import Bundle
 from edgekit.data import Dataset, load_data
 from edgekit.errors import BadInput
 from edgekit.measure import accuracy
+from edgekit.measure.device import THIS_MACHINE, Device
 from edgekit.models import Model, load_model
-from edgekit.plan import Plan, make_plan
+from edgekit.plan import Plan, make_plan, measured_on_target
 from edgekit.postprocess import Postprocess
 from edgekit.preprocess import Preprocess
 from edgekit.profile import Profile
 from edgekit.recipe import Contract, Recipe, load_recipe
 from edgekit.report.document import Report
 from edgekit.report.page import render
-from edgekit.run import Progress, Ran, run_plan
+from edgekit.run import Progress
 from edgekit.stages.registry import Sources
 
 #: Without ``--eval``, every so-manieth calibration sample is held out of everything but the measurement.
@@ -47,6 +48,8 @@ class Request:
     overrides: Mapping[str, Any] | None = None
     out: Path | None = None
     workdir: Path = Path(".edgekit")
+    measure_on: str | None = None
+    study: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Prepared:
     evaluated_on: str
     plan: Plan
     out: Path
+    study: str | None
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,12 @@ def prepare(request: Request) -> Prepared:
         train = load_data(request.train, description, model.inputs, recipe.seed)
     _not_empty(calib, request.calib)
     _not_empty(held_out, request.eval or request.calib)
-    sources = Sources(model, calib, train, held_out, _load_postprocess(request, recipe, model))
+    behind = _load_postprocess(request, recipe, model)
+    sources = Sources(model, calib, train, held_out, behind, _device(request.measure_on))
     metric = accuracy.choose(recipe.metric, held_out.has_labels)
     plan = make_plan(sources, profile.shared(device, further), recipe, metric, further)
     out = request.out or Path(f"{recipe.release.name or model.name}-{device.name}")
-    return Prepared(sources, device, further, recipe, description, evaluated_on, plan, out)
+    return Prepared(sources, device, further, recipe, description, evaluated_on, plan, out, request.study)
 
 
 def dry_run(prepared: Prepared, workdir: Path) -> list[Planned]:
@@ -117,11 +122,9 @@ def compress(prepared: Prepared, workdir: Path, progress: Progress) -> Report:
     """
     _check_writable(prepared.out)
     with open_store(workdir) as store:
-        shared = profile.shared(prepared.profile, prepared.further)
-        ran = run_plan(prepared.plan, prepared.sources, shared, store, progress)
         contract = _effective_contract(prepared)
-        outcome = search.pick(prepared.plan, ran, contract, prepared.profile)
-        targets = [ran.artifacts[name] for name in prepared.plan.targets[outcome.chosen.precision]]
+        found = _search(prepared, contract, store, progress)
+        outcome = found.outcome
         made = release.make_bundle(
             outcome,
             prepared.sources,
@@ -130,13 +133,40 @@ def compress(prepared: Prepared, workdir: Path, progress: Progress) -> Report:
             contract,
             prepared.preprocess,
             prepared.out,
-            targets,
+            outcome.chosen.targets,
         )
-    report = _report(prepared, ran, outcome, contract, made, targets)
+    report = _report(prepared, found, contract, made)
     with disk_full_is_an_error(prepared.out):
         _write(prepared.out / "report.json", report.model_dump_json(indent=2) + "\n")
         _write(prepared.out / "report.html", render(report))
     return report
+
+
+def _device(measure_on: str | None) -> Device:
+    """Where latencies are measured: this machine, or ``ssh://host``."""
+    if measure_on is None:
+        return THIS_MACHINE
+    from edgekit.deploy import measure, ssh
+
+    return measure.SshDevice(str(ssh.parse(measure_on)), ssh.SshOptions(batch=ssh.batch_needed(1)))
+
+
+def _search(prepared: Prepared, contract: Contract, store: Store, progress: Progress) -> search.Found:
+    request = search.Request(
+        prepared.sources,
+        prepared.profile,
+        prepared.further,
+        prepared.recipe,
+        contract,
+        prepared.plan.metric,
+        store,
+        progress,
+    )
+    if prepared.study is None:
+        return search.search(request)
+    from edgekit.search.study import search_together
+
+    return search_together(request, prepared.study, prepared.recipe.search.trials)
 
 
 def _load_model(request: Request, recipe: Recipe) -> tuple[Model, Preprocess | None]:
@@ -192,14 +222,8 @@ def _write(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def _report(
-    prepared: Prepared,
-    ran: Ran,
-    outcome: search.Outcome,
-    contract: Contract,
-    made: Bundle,
-    targets: Sequence[Artifact],
-) -> Report:
+def _report(prepared: Prepared, found: search.Found, contract: Contract, made: Bundle) -> Report:
+    outcome = found.outcome
     candidates = [{**candidate.facts, "reason": candidate.reason} for candidate in outcome.candidates]
     document = {
         "model": prepared.recipe.release.name or prepared.sources.model.name,
@@ -221,22 +245,45 @@ def _report(
             "met": not outcome.unmet,
             "unmet": list(outcome.unmet),
             "max_drop_certain": search.drop_is_certain(outcome.chosen.facts, contract),
+            "binding": list(search.binding(outcome)),
             "why": dict(outcome.unmet),
         },
-        "engines": _engines(prepared, outcome.chosen.engine, targets),
+        "engines": _engines(prepared, outcome.chosen),
         "bundle": {"path": str(made.directory), "file": str(made.archive), "digest": made.digest},
-        "stages": [asdict(record) for record in ran.records],
-        "why": {**_not_measured(prepared, ran), **_not_certain(outcome, contract)},
+        "stages": [asdict(record) for record in found.records],
+        "sensitivity": _sensitivity(found),
+        "latency_predicted_ms": _predicted(prepared, outcome),
+        "why": {**_not_measured(prepared, found), **_not_certain(outcome, contract)},
     }
     return Report.model_validate(document)
 
 
-def _not_measured(prepared: Prepared, ran: Ran) -> dict[str, str]:
+def _sensitivity(found: search.Found) -> dict[str, Any]:
+    """Loss against width of each group, as it was measured for the first pruning; empty where nothing was."""
+    measured = found.tried[0].ran.artifacts.get("sensitivity")
+    return {} if measured is None else dict(measured.metadata["groups"])
+
+
+def _predicted(prepared: Prepared, outcome: search.Outcome) -> dict[str, Any] | None:
+    """What the profile's roofline says of the chosen graph, where the device itself was not reached."""
+    import onnx
+
+    from edgekit.measure import roofline, work
+
+    if measured_on_target(prepared.sources.device, prepared.profile):
+        return None
+    graph = onnx.load(str(outcome.chosen.engine.path / "model.onnx"))
+    operators = work.operators(graph, prepared.sources.model.example(1))
+    return roofline.predict(operators, prepared.profile).as_json()
+
+
+def _not_measured(prepared: Prepared, found: search.Found) -> dict[str, str]:
     """What the document cannot say, and why."""
     why = {}
-    if not search.measured_on_target(prepared.profile):
-        why["latency_ms"] = f"measured on this host with ONNX Runtime, not on a {prepared.profile.name}"
-    if any(record.peak_rss_bytes is None for record in ran.records):
+    if not measured_on_target(prepared.sources.device, prepared.profile):
+        where = prepared.sources.device.address or "this host"
+        why["latency_ms"] = f"measured on {where} with ONNX Runtime, not on a {prepared.profile.name}"
+    if any(record.peak_rss_bytes is None for record in found.records):
         why["stages.peak_rss_bytes"] = "the kernel does not let a process reset its memory high-water mark"
     return why
 
@@ -253,11 +300,11 @@ def _not_certain(outcome: search.Outcome, contract: Contract) -> dict[str, str]:
     }
 
 
-def _engines(prepared: Prepared, own: Artifact, targets: Sequence[Artifact]) -> list[dict[str, Any]]:
+def _engines(prepared: Prepared, chosen: search.Candidate) -> list[dict[str, Any]]:
     """What was built for each profile; those with ONNX Runtime are served by the portable graph itself."""
     keys = ("builder", "version", "target", "built", "executed", "why", "changes", "not_on_dla")
     others = [device for device in prepared.further if device.runtime.name != "onnxruntime"]
-    sources = [(prepared.profile, own), *zip(others, targets, strict=True)]
+    sources = [(prepared.profile, chosen.engine), *zip(others, chosen.targets, strict=True)]
     return [
         {"profile": device.name, **{key: entry[key] for key in keys}}
         for device, artifact in sources

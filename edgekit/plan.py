@@ -22,6 +22,7 @@ from typing import Any
 from edgekit import ort
 from edgekit.errors import BadInput
 from edgekit.measure import accuracy
+from edgekit.measure.device import Device
 from edgekit.models import Model
 from edgekit.profile import Profile
 from edgekit.recipe import Contract, Recipe
@@ -75,9 +76,19 @@ class Plan:
     size: float
     metric: str
 
+    @property
+    def pruned(self) -> bool:
+        """Whether its candidates are made from a pruned model."""
+        return any(step.name == "prune" for step in self.steps)
+
 
 def make_plan(
-    sources: Sources, profile: Profile, recipe: Recipe, metric: str, further: tuple[Profile, ...] = ()
+    sources: Sources,
+    profile: Profile,
+    recipe: Recipe,
+    metric: str,
+    further: tuple[Profile, ...] = (),
+    latency_share: float | None = None,
 ) -> Plan:
     """Lay out the stages for a recipe and check that they chain.
 
@@ -87,6 +98,7 @@ def make_plan(
         recipe: settings and contract.
         metric: from ``accuracy.choose``.
         further: other devices that the same bundle serves; everything up to the engines is shared.
+        latency_share: largest share of the latency that pruning may leave; None: only the size counts.
 
     Raises:
         BadInput: the recipe, the model and the profile contradict each other.
@@ -95,7 +107,7 @@ def make_plan(
     precisions = _precisions(recipe, profile)
     size = _size(recipe.contract, sources)
     builder = _Builder(sources, profile)
-    original, exported = _graphs(builder, recipe, size)
+    original, exported = _graphs(builder, recipe, size, latency_share)
     build = {"max_batch_size": recipe.export.max_batch_size}
     reference = builder.add("build.original", "build", build, {"graph": original})
     candidates, targets = {}, {}
@@ -128,17 +140,29 @@ def make_plan(
     return Plan(tuple(builder.steps), reference, candidates, targets, size, metric)
 
 
-def _graphs(builder: _Builder, recipe: Recipe, size: float) -> tuple[str, str]:
+def _graphs(builder: _Builder, recipe: Recipe, size: float, latency_share: float | None) -> tuple[str, str]:
     """Add the steps up to the two graphs: the unchanged model's, and the one to make candidates from."""
     export = {"export": recipe.export.model_dump()}
     original = builder.add("export.original", "export", export, {})
-    if size == 1.0:
+    if size == 1.0 and latency_share is None:
         return original, original
-    prune = {"prune": recipe.prune.model_dump(), "size": size, "seed": recipe.seed}
-    pruned = builder.add("prune", "prune", prune, {})
+    pruned = _pruned(builder, recipe, size, latency_share)
     recover = {"recover": recipe.recover.model_dump(), "seed": recipe.seed, "threads": _threads(recipe)}
     recovered = builder.add("recover", "recover", recover, {"model": pruned})
     return original, builder.add("export.pruned", "export", export, {"model": recovered})
+
+
+def _pruned(builder: _Builder, recipe: Recipe, size: float, latency_share: float | None) -> str:
+    """Add pruning, and the measurements that steer it."""
+    settings = {"prune": recipe.prune.model_dump(), "seed": recipe.seed}
+    inputs = {}
+    if recipe.contract.latency is not None:
+        latency = {"measured": builder.reachable, "threads": _threads(recipe)}
+        inputs["latency"] = builder.add("staircase", "staircase", latency, {})
+    if recipe.prune.allocation == "sensitivity":
+        sensitivity = {**settings, "threads": _threads(recipe)}
+        inputs["sensitivity"] = builder.add("sensitivity", "sensitivity", sensitivity, {})
+    return builder.add("prune", "prune", {**settings, "size": size, "latency_share": latency_share}, inputs)
 
 
 def _quantized(
@@ -176,6 +200,7 @@ class _Builder:
 
     def __init__(self, sources: Sources, profile: Profile) -> None:
         self.steps: list[Step] = []
+        self.reachable = measured_on_target(sources.device, profile)
         self._sources = sources
         self._profile = profile
         self._made: dict[str, Step] = {}
@@ -213,6 +238,11 @@ class _Builder:
             "tools": {name: importlib.metadata.version(name) for name in stage.libraries},
         }
         return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def measured_on_target(device: Device, profile: Profile) -> bool:
+    """Whether a latency measured there is one of the profile: the same runtime and kind of processor."""
+    return profile.runtime.name == "onnxruntime" and profile.architecture == device.machine()
 
 
 def _check_batch_axis(model: Model) -> None:

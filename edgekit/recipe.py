@@ -68,16 +68,36 @@ class Prune(_Frozen):
 
     importance: Literal["magnitude", "taylor", "hessian", "activation", "activation2", "random"] = "magnitude"
     """Which channels go first: by their weights, by gradients on calibration data, or random (a control)."""
+    allocation: Literal["sensitivity", "global", "uniform"] = "sensitivity"
+    """Where channels go: where the outputs suffer least, by their rank over the whole model, or
+    everywhere."""
     samples: int = Field(64, ge=1)
     """So many calibration samples, where gradients are asked for."""
     max_layer_ratio: float = Field(0.8, gt=0, lt=1)
     """No layer loses more than this share of its channels."""
 
 
+class Search(_Frozen):
+    """How long to look for what meets the contract."""
+
+    trials: int = Field(3, ge=1)
+    """At most so many prunings are recovered and measured in full."""
+    budget_s: float | None = Field(None, ge=0)
+    """No trial begins after this many seconds, so the machine's speed decides; None: no limit."""
+
+
 class Recover(_Frozen):
     """Knowledge distillation from the original (Hinton et al., 2015); labels are not needed."""
 
     epochs: int = Field(8, ge=0)
+    quantization_aware_epochs: int = Field(0, ge=0)
+    """So many more with weights and activations rounded to 8 bits; the search adds some as a last resort."""
+    feature_weight: float = Field(0.0, ge=0)
+    """Of the distance of intermediate features of equal shape from the original's, beside the outputs'."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after so many epochs without a better loss on an eighth of the data, kept aside; None: never."""
+    budget_s: float | None = Field(None, gt=0)
+    """Stop after this many seconds, so the machine's speed decides; None: no limit."""
     batch_size: int = Field(64, ge=2)
     learning_rate: float = Field(2e-3, gt=0)
     temperature: float = Field(2.0, gt=0)
@@ -151,6 +171,7 @@ class Recipe(_Frozen):
     metric: str | None = None
     """``top1``, ``f1``, ``map``, ``cosine``, ``sqnr``, ``module:fn``; None: top1 with labels, else cosine."""
     contract: Contract = Contract()
+    search: Search = Search()
     prune: Prune = Prune()
     recover: Recover = Recover()
     export: Export = Export()

@@ -96,8 +96,8 @@ def checked(address: SshAddress) -> SshAddress:
     return address
 
 
-def command(address: SshAddress, options: SshOptions) -> list[str]:
-    """The argument vector."""
+def command(address: SshAddress, options: SshOptions, remote: tuple[str, ...] = _REMOTE_COMMAND) -> list[str]:
+    """The argument vector that starts ``remote`` there."""
     argv = ["ssh", "-T", "-o", "ServerAliveInterval=15", "-o", "ConnectTimeout=30"]
     if options.config is not None:
         argv += ["-F", str(options.config)]
@@ -109,7 +109,16 @@ def command(address: SshAddress, options: SshOptions) -> list[str]:
         argv += ["-l", address.user]
     if address.identity:
         argv += ["-i", address.identity]
-    return [*argv, "--", address.host, *_REMOTE_COMMAND]
+    return [*argv, "--", address.host, *remote]
+
+
+def no_ssh() -> Missing:
+    """The error where this machine has no ssh."""
+    return Missing(
+        "there is no ssh on this machine",
+        "devices are reached through OpenSSH",
+        "install it (Debian: openssh-client)",
+    )
 
 
 def batch_needed(devices: int) -> bool:
@@ -134,11 +143,7 @@ def connect(address: SshAddress, options: SshOptions) -> Iterator[Connection]:
             start_new_session=options.batch,  # Ctrl-C is for edgekit, which lets the devices finish
         )
     except FileNotFoundError as error:
-        raise Missing(
-            "there is no ssh on this machine",
-            "devices are reached through OpenSSH",
-            "install it (Debian: openssh-client)",
-        ) from error
+        raise no_ssh() from error
     with process:
         link = _Link(address, process)
         try:

@@ -65,10 +65,11 @@ def interleaved(
     finally:
         if collecting:
             gc.enable()
-    return {name: _summary(values, batch, where) for name, values in times_ms.items()}
+    return {name: summary(values, batch, where) for name, values in times_ms.items()}
 
 
-def _summary(times_ms: list[float], batch: int, where: str) -> Latency:
+def summary(times_ms: list[float], batch: int, where: str) -> Latency:
+    """Quantiles of the times of single runs."""
     p50, p95, p99 = (float(value) for value in np.quantile(times_ms, (0.5, 0.95, 0.99)))
     return Latency(p50, p95, p99, len(times_ms), batch, where)
 

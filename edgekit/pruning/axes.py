@@ -30,16 +30,13 @@ class Axis:
     Attributes:
         labels: of its indices, int64 [size]; None: nothing on it can be pruned.
         places: the splits that it comes from.
-        blank: every index holds the same value (zeros made by the code, for one): it fits any channels.
     """
 
     labels: Array | None = None
     places: frozenset[Place] = frozenset()
-    blank: bool = False
 
 
 PLAIN = Axis()
-BLANK = Axis(blank=True)
 Axes = tuple[Axis, ...]
 
 
@@ -155,12 +152,7 @@ def _split(
     if len(sizes) == 1:
         return [merged]
     if merged.labels is None:
-        axes = [PLAIN] * len(sizes)
-        for place in merged.places:  # heads come after the batch
-            fits = [i for i, size in enumerate(sizes) if size == place.size]
-            if fits:
-                axes[fits[-1]] = Axis(None, axes[fits[-1]].places | {place})
-        return axes
+        return [PLAIN] * len(sizes)
     values = labels.roots(merged.labels).reshape(sizes)
     varying = [i for i in range(len(sizes)) if not constant_along(values, i)]
     if not varying:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekit.pruning.axes import BLANK, PLAIN, Axes, Axis
+from edgekit.pruning.axes import PLAIN, Axes, Axis
 from edgekit.pruning.trace import Call, Rule, Tracer
 
 if TYPE_CHECKING:
@@ -73,13 +73,13 @@ def _broadcast(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]) 
     made = []
     for back in range(1, len(shape) + 1):
         meeting = [axes[-back] for axes, size in known if len(size) >= back and size[-back] == shape[-back]]
-        made.append(tracer.meet(meeting, shape[-back]) if meeting else PLAIN)
+        made.append(tracer.tie(meeting, shape[-back]) if meeting else PLAIN)
     return tuple(reversed(made))
 
 
 @_rule("copy", "masked_fill", "where", "dropout", "native_dropout", "bernoulli", "fill", "zero", "lerp")
 @_rule("addcmul", "addcdiv", "lift_fresh", "clamp", "_to_copy", "clone", "detach", "alias", "contiguous")
-@_rule("empty_like", "rand_like", "randn_like", "_prelu_kernel")
+@_rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "_prelu_kernel")
 def _same(tracer: Tracer, call: Call) -> Any:
     return _pointwise(tracer, call)
 
@@ -538,13 +538,8 @@ def _masked(tracer: Tracer, call: Call, axes: Axes) -> Any:
 # ---------------------------------------------------------------- the rest
 
 
-@_rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
-def _blank(tracer: Tracer, call: Call) -> Any:
-    return [(BLANK,) * call.result.dim()]
-
-
-@_rule("arange", "empty", "scalar_tensor", "rand", "randn", "eye", "linspace")
-@_rule("new_empty", "empty_strided", "new_empty_strided", "randint")
+@_rule("arange", "zeros", "ones", "full", "empty", "scalar_tensor", "rand", "randn", "eye", "linspace")
+@_rule("new_zeros", "new_ones", "new_empty", "new_full", "empty_strided", "new_empty_strided", "randint")
 @_rule("_local_scalar_dense", "equal", "is_nonzero", "_assert_async", "_assert_tensor_metadata", "item")
 @_rule("set", "resize", "randperm", "lift", "sym_size", "_assert_scalar")
 def _nothing(tracer: Tracer, call: Call) -> Any:

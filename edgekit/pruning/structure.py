@@ -96,10 +96,6 @@ class Structure:
         """The groups that may lose slots."""
         return tuple(group for group in self.groups if group.prunable)
 
-    def group(self, name: str) -> Group:
-        """The group of that name."""
-        return next(group for group in self.groups if group.name == name)
-
     def parameters(self, widths: Mapping[str, int]) -> int:
         """Parameters of the model when these groups keep so many slots, and the others all."""
         lost = {group.name: group.width - widths.get(group.name, group.width) for group in self.groups}

@@ -104,6 +104,7 @@ class CandidateFigures(Figures):
     metric_drop_interval: Interval | None
     speedup: float
     precision: Literal["fp32", "fp16", "int8"]
+    trial: str
     pruning: dict[str, Any] | None
     calibrator: str | None
     calibration: CalibrationResult | None
@@ -116,6 +117,8 @@ class ContractResult(_Frozen):
 
     ``max_drop_certain`` says whether the whole interval of the drop is within the bound; null: no bound, or
     no interval. A drop that is met and not certain may be the luck of few samples.
+
+    ``binding`` names the parts without which some candidate would have met the contract.
     """
 
     size: float | None
@@ -124,6 +127,7 @@ class ContractResult(_Frozen):
     met: bool
     unmet: list[str]
     max_drop_certain: bool | None
+    binding: list[str]
     why: dict[str, str]
 
 
@@ -162,6 +166,23 @@ class StageResult(_Frozen):
     peak_rss_bytes: int | None
 
 
+class GroupSensitivity(_Frozen):
+    """What a group of channels is worth: (width, loss) when it alone is narrower, and its parameters."""
+
+    width: int
+    params: int
+    points: list[tuple[int, float]]
+
+
+class PredictedLatency(_Frozen):
+    """A latency that nobody measured: nine in ten would lie within ``low_ms`` and ``high_ms``."""
+
+    value_ms: float
+    low_ms: float
+    high_ms: float
+    how: str
+
+
 class Report(_Frozen):
     """The whole document."""
 
@@ -178,4 +199,6 @@ class Report(_Frozen):
     engines: list[EngineResult]
     bundle: BundleResult
     stages: list[StageResult]
+    sensitivity: dict[str, GroupSensitivity]
+    latency_predicted_ms: PredictedLatency | None
     why: dict[str, str]

@@ -19,6 +19,7 @@ from typing import Any
 from edgekit.artifact import Artifact
 from edgekit.builders.registry import BUILDERS
 from edgekit.data import Dataset
+from edgekit.measure.device import THIS_MACHINE, Device
 from edgekit.models import Model
 from edgekit.postprocess import Postprocess
 
@@ -27,13 +28,14 @@ Tick = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Sources:
-    """What a run starts from."""
+    """What a run starts from, and the device that latencies are measured on."""
 
     model: Model
     calib: Dataset
     train: Dataset
     held_out: Dataset
     postprocess: Postprocess | None = None
+    device: Device = THIS_MACHINE
 
     @property
     def behind(self) -> bytes | None:
@@ -85,8 +87,24 @@ class Stage:
 _GRAPHS = ("onnx",)
 
 STAGES: dict[str, Stage] = {
+    "staircase": Stage(
+        "edgekit.stages.staircase",
+        {},
+        "latency",
+        ("model", "device"),
+        ("accelerator", "alignment", "memory", "peak"),
+        ("onnxruntime", "torch"),
+    ),
+    "sensitivity": Stage(
+        "edgekit.stages.sensitivity", {}, "sensitivity", ("model", "calib"), ("alignment",), ("torch",)
+    ),
     "prune": Stage(
-        "edgekit.stages.prune", {}, "torch", ("model", "calib"), ("alignment",), ("torch", "numpy")
+        "edgekit.stages.prune",
+        {"sensitivity": ("sensitivity",), "latency": ("latency",)},
+        "torch",
+        ("model", "calib"),
+        ("alignment",),
+        ("torch",),
     ),
     "recover": Stage(
         "edgekit.stages.recover", {"model": ("torch",)}, "torch", ("model", "train"), (), ("torch",)
@@ -120,7 +138,7 @@ STAGES: dict[str, Stage] = {
         "edgekit.stages.verify",
         {"original": ("engine",), "candidate": ("engine",)},
         "measurement",
-        ("held_out", "postprocess"),
+        ("held_out", "postprocess", "device"),
         (),
         ("onnxruntime", "numpy"),
     ),

@@ -17,7 +17,8 @@ from edgekit import ort
 from edgekit.artifact import Artifact
 from edgekit.builders.onnxruntime import ENGINE_FILE
 from edgekit.data import Dataset
-from edgekit.measure import accuracy, latency
+from edgekit.measure import accuracy
+from edgekit.measure.device import Timed
 from edgekit.measure.outputs import collect
 from edgekit.profile import Profile
 from edgekit.recipe import Measure
@@ -65,12 +66,14 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     }
     lost = accuracy.drop(config.metric, outputs["candidate"], outputs["original"], labels)
     example = next(iter(held_out.batches(1))).inputs
-    timings = latency.interleaved(
-        {role: lambda session=session: session.run(example) for role, session in sessions.items()},  # type: ignore[misc]  # bound early on purpose
+    timings = inputs.sources.device.time(
+        {
+            role: Timed(inputs.artifacts[role].path / ENGINE_FILE, example, behind=inputs.sources.behind)
+            for role in sessions
+        },
         runs=config.measure.runs,
         warmup=config.measure.warmup,
-        batch=1,
-        where=latency.this_machine(),
+        threads=config.threads,
     )
     tolerances = _golden(sessions["candidate"], held_out, inputs.artifacts["candidate"], out)
     if inputs.sources.postprocess is not None:

@@ -22,6 +22,7 @@ def import_everything() -> None:
     import onnx  # noqa: F401
     import onnxruntime  # noqa: F401
     import torch
+    import torch_pruning  # noqa: F401
 
     from edgekit.stages.registry import STAGES
 

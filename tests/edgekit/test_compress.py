@@ -198,8 +198,8 @@ def test_a_dry_run_runs_and_writes_nothing(tiny: TinyModel, forked: Forker, tmp_
     """``--dry-run`` prints the steps, makes neither working nor output directory, and leaves an empty one."""
     steps = dry_run(forked, tiny, tmp_path / "work", tmp_path / "out")
     assert list(steps) == [
-        "export.original", "prune", "recover", "export.pruned", "build.original", "quantize.int8",
-        "build.int8", "verify.int8",
+        "export.original", "sensitivity", "prune", "recover", "export.pruned", "build.original",
+        "quantize.int8", "build.int8", "verify.int8",
     ]  # fmt: skip
     (tmp_path / "work").mkdir()
     dry_run(forked, tiny, tmp_path / "work", tmp_path / "out")

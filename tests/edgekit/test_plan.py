@@ -49,7 +49,7 @@ def test_the_same_request_gives_the_same_plan(given_sources: Sources) -> None:
     """Keys do not depend on the process, and every step has its own."""
     keys = _keys(_plan(given_sources))
     assert keys == _keys(_plan(given_sources))
-    assert len(set(keys.values())) == len(keys) == 13
+    assert len(set(keys.values())) == len(keys) == 14
 
 
 def test_every_step_follows_what_it_needs(given_sources: Sources) -> None:
@@ -73,11 +73,12 @@ _FP32 = {"build.fp32", "verify.fp32"}
         ({"quantize__max_samples": 3}, _INT8),
         ({"measure__runs": 77}, {"verify.int8", "verify.fp16", "verify.fp32"}),
         ({"contract__size": 0.5}, {"prune"} | _PRUNED | _INT8 | _FP16 | _FP32),
-        ({"threads": 1}, {"recover"} | _PRUNED | _INT8 | _FP16 | _FP32),
-        ({"seed": 1}, {"prune"} | _PRUNED | _INT8 | _FP16 | _FP32),
+        ({"threads": 1}, {"sensitivity", "prune"} | _PRUNED | _INT8 | _FP16 | _FP32),
+        ({"seed": 1}, {"sensitivity", "prune"} | _PRUNED | _INT8 | _FP16 | _FP32),
         ({"contract__max_drop": 0.5}, _INT8),
         ({"quantize__methods": []}, _INT8),
-        ({"contract__latency": "p95:1ms", "release__version": 7}, set()),
+        ({"contract__latency": "p95:1ms"}, {"staircase", "prune"} | _PRUNED | _INT8 | _FP16 | _FP32),
+        ({"search__trials": 1, "release__version": 7}, set()),
         ({"contract__size": 0.35}, set()),
     ],
 )
@@ -100,7 +101,7 @@ def test_each_source_touches_the_steps_that_read_it(given_sources: Sources) -> N
     assert "prune" not in touched["train"]
     assert {"recover", "verify.int8"} <= touched["train"]
     assert {"quantize.int8", "verify.int8"} <= touched["calib"]
-    assert not touched["calib"] & {"recover", "build.fp32"}
+    assert {"sensitivity", "prune"} <= touched["calib"]
     model = replace(given_sources.model, digest="f" * 64)
     assert _changed(base, _plan(replace(given_sources, model=model))) == set(_keys(base))
 
@@ -202,7 +203,9 @@ def test_the_digest_covers_what_a_stage_really_loads(name: str) -> None:
     stage = STAGES[name]
     covered = set(plan._closure((stage.module, *stage.loads)))
     expected = {
-        "prune": {"edgekit.surgery", "edgekit.modules"},
+        "staircase": {"edgekit.measure.staircase", "edgekit.measure.roofline"},
+        "sensitivity": {"edgekit.pruning.cutting", "edgekit.stages.examined", "host_trainer.losses"},
+        "prune": {"edgekit.surgery", "edgekit.modules", "edgekit.allocation", "edgekit.pruning.cutting"},
         "recover": {"host_trainer.loop", "host_trainer.losses", "host_trainer.batchnorm", "edgekit.surgery"},
         "export": {"edgekit.ort", "edgekit.measure.graph", "edgekit.surgery"},
         "quantize": {
@@ -250,7 +253,7 @@ def test_a_precision_that_the_device_lacks_is_refused(given_sources: Sources) ->
 def test_stages_that_do_not_chain_are_a_mistake_of_ours(given_sources: Sources) -> None:
     """An artifact of the wrong kind is refused when the plan is made, not when it runs."""
     builder = plan._Builder(given_sources, X86)
-    config = {"prune": Recipe().prune.model_dump(), "size": 0.5, "seed": 0}
+    config = {"prune": Recipe().prune.model_dump(), "size": 0.5, "latency_share": None, "seed": 0}
     pruned = builder.add("prune", "prune", config, {})
     with pytest.raises(ValueError, match="does not take"):
         builder.add("build", "build", {"max_batch_size": 1}, {"graph": pruned})

@@ -114,7 +114,8 @@ NETS = [Chain, Residual, Concat, Depthwise, Grouped, TwoHeads, Encoder, lambda: 
 def _prune(
     model: Model, out: Path, size: float = 0.5, alignment: int = 8, seed: int = 0, **settings: Any
 ) -> Artifact:
-    config = {"prune": Prune(**settings), "size": size, "seed": seed}
+    by_rank = Prune(**{"allocation": "global", **settings})
+    config = {"prune": by_rank, "size": size, "latency_share": None, "seed": seed}
     return run_stage("prune", config, sources(model), out, aligned_profile(alignment))
 
 

@@ -44,7 +44,7 @@ def model() -> Model:
 @pytest.fixture(scope="module")
 def pruned(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The model with half of its parameters."""
-    config = {"prune": Prune().model_dump(), "size": 0.5, "seed": 0}
+    config = {"prune": Prune(allocation="global"), "size": 0.5, "latency_share": None, "seed": 0}
     out = tmp_path_factory.mktemp("pruned") / "out"
     return run_stage("prune", config, sources(model), out, aligned_profile(4))
 
@@ -123,3 +123,34 @@ def test_a_diverging_recovery_is_named(model: Model, pruned: Artifact, tmp_path:
 def test_the_defaults_are_valid() -> None:
     """The stage takes the recipe's own defaults."""
     assert Recover().batch_size >= 2
+
+
+def test_it_stops_when_nothing_gets_better_and_keeps_the_best(
+    model: Model, pruned: Artifact, tmp_path: Path
+) -> None:
+    """With patience, an eighth of the data says when to stop; a step too long to help is not kept."""
+    stopped = _recover(model, pruned, tmp_path / "a", epochs=30, learning_rate=1.0, patience=1)
+    assert "no better" in stopped.metadata["stopped"]
+    assert stopped.metadata["steps"] < 30 * 3
+    whole = _recover(model, pruned, tmp_path / "b", epochs=2)
+    assert whole.metadata["stopped"] is None
+
+
+def test_the_time_budget_ends_it(model: Model, pruned: Artifact, tmp_path: Path) -> None:
+    """After the budget no further step is taken; what was learnt till then counts."""
+    recovered = _recover(model, pruned, tmp_path / "out", epochs=10_000, budget_s=1.0)
+    assert recovered.metadata["stopped"] == "the time budget was used up"
+    assert 0 < recovered.metadata["steps"] < 10_000 * 4
+    assert _distance(model, recovered) < _distance(model, pruned)
+
+
+def test_recovery_through_rounding_makes_int8_do_less_harm(
+    model: Model, pruned: Artifact, tmp_path: Path
+) -> None:
+    """The epochs with rounding are taken, and what is saved is a float model with the names that it had."""
+    recovered = _recover(model, pruned, tmp_path / "out", epochs=2, quantization_aware_epochs=1)
+    assert recovered.metadata["steps"] == 3 * 4
+    assert (recovered.path / surgery.STRUCTURE_FILE).read_bytes() == (
+        pruned.path / surgery.STRUCTURE_FILE
+    ).read_bytes()
+    assert np.isfinite(_distance(model, recovered))

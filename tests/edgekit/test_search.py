@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +16,17 @@ from hypothesis import strategies as st
 
 from edgekit import profile, search
 from edgekit.artifact import Artifact
+from edgekit.errors import EdgekitError
+from edgekit.measure.device import THIS_MACHINE
 from edgekit.plan import PRECISION_ORDER, Plan
-from edgekit.recipe import Contract, LatencyBound
+from edgekit.recipe import Contract, LatencyBound, Recipe
 from edgekit.run import Ran
+from edgekit.search import loop, study
 
 HERE = profile.load("x86-cpu").model_copy(update={"architecture": platform.machine()})
+
+
+_PRUNING = ("allocation", "importance", "alignment", "latency_share", "latency_model", "widths", "kept_whole")
 
 
 def _artifact(path: Path, **metadata: Any) -> Artifact:
@@ -35,7 +44,7 @@ def _ran(directory: Path, figures: dict[str, tuple[float, float]], params: int =
     artifacts = {
         "export.original": _artifact(directory, params=100, **graph),
         "export.pruned": _artifact(directory, params=params, **graph),
-        "prune": _artifact(directory, channel_fraction=0.5, alignment=8, widths={}),
+        "prune": _artifact(directory, **dict.fromkeys(_PRUNING)),
     }
     candidates = {}
     for precision in (name for name in PRECISION_ORDER if name in figures):
@@ -56,14 +65,15 @@ def _ran(directory: Path, figures: dict[str, tuple[float, float]], params: int =
             latency_ms={"original": _latency(10.0), "candidate": _latency(p50)},
         )
         candidates[precision] = (f"build.{precision}", f"verify.{precision}")
-    return Plan((), "build.original", candidates, 0.35, "top1"), Ran(artifacts, ())
+    targets: dict[str, tuple[str, ...]] = dict.fromkeys(candidates, ())
+    return Plan((), "build.original", candidates, targets, 0.35, "top1"), Ran(artifacts, ())
 
 
 def _pick(
     directory: Path, figures: dict[str, tuple[float, float]], contract: Contract, **more: Any
 ) -> search.Outcome:
     plan, ran = _ran(directory, figures, **more)
-    return search.pick(plan, ran, contract, HERE)
+    return search.pick([search.Tried("first", plan, ran)], contract, HERE, THIS_MACHINE)
 
 
 _figures = st.fixed_dictionaries(
@@ -160,8 +170,9 @@ def test_a_latency_of_another_machine_is_not_met(directory: Path) -> None:
         HERE.model_copy(update={"architecture": "another"}),
         HERE.model_copy(update={"runtime": SimpleNamespace(name="tensorrt")}),
     ):
-        assert "not measured" in search.pick(plan, ran, contract, other).unmet["latency"]
-    assert search.pick(plan, ran, contract, HERE).unmet == {}
+        outcome = search.pick([search.Tried("first", plan, ran)], contract, other, THIS_MACHINE)
+        assert "not measured" in outcome.unmet["latency"]
+    assert search.pick([search.Tried("first", plan, ran)], contract, HERE, THIS_MACHINE).unmet == {}
 
 
 def test_a_reason_is_true(directory: Path) -> None:
@@ -182,3 +193,100 @@ def test_few_samples_are_not_sold_as_a_fact(directory: Path) -> None:
     assert search.drop_is_certain(outcome.chosen.facts, Contract()) is None
     missed = _pick(directory, {"int8": (5.0, 0.88)}, Contract(max_drop=0.01)).unmet["max_drop"]
     assert "-0.0800 to +0.1200 on 9 samples" in missed
+
+
+def _tried(directory: Path, name: str, figures: dict[str, tuple[float, float]], params: int) -> search.Tried:
+    plan, ran = _ran(directory, figures, params)
+    return search.Tried(name, plan, ran)
+
+
+def test_the_best_of_all_trials_is_picked_and_the_binding_part_is_named(directory: Path) -> None:
+    """A later trial wins where it misses less; what alone keeps a candidate from the contract binds."""
+    contract = Contract(max_drop=0.01, latency=LatencyBound(quantile="p95", ms=10))
+    accurate = _tried(directory, "accurate", {"int8": (8.0, 0.9)}, 60)
+    fast = _tried(directory, "fast", {"int8": (3.0, 0.7)}, 20)
+    both = _tried(directory, "both", {"int8": (4.0, 0.9)}, 40)
+    missed = search.pick([accurate, fast], contract, HERE, THIS_MACHINE)
+    assert search.binding(missed) == ("latency", "max_drop")
+    met = search.pick([accurate, fast, both], contract, HERE, THIS_MACHINE)
+    assert met.chosen.facts["trial"] == "both"
+    assert search.binding(met) == ()
+    assert [c.reason for c in met.candidates] == ["misses latency", "misses max_drop", None]
+
+
+def test_a_change_of_the_recipe_changes_only_that() -> None:
+    """A trial is the recipe with the named settings replaced; the recipe itself stays as it was."""
+    recipe = Recipe()
+    other = loop.changed(recipe, {"recover.epochs": 3, "prune.allocation": "global"})
+    assert (other.recover.epochs, other.prune.allocation) == (3, "global")
+    assert recipe.recover.epochs == 8
+    undone = {"recover.epochs": 8, "prune.allocation": recipe.prune.allocation}
+    assert loop.changed(other, undone) == recipe
+
+
+SPACE = {"width": [8, 16, 32], "deep": [False, True]}
+
+
+def test_a_study_tries_the_first_values_first_and_returns_the_best(tmp_path: Path) -> None:
+    """So many trials in all, the recipe's own settings first; a second worker finds nothing left to do."""
+    seen: list[dict[str, Any]] = []
+
+    def objective(params: dict[str, Any]) -> float:
+        seen.append(params)
+        return float(params["width"] + params["deep"])
+
+    url = str(tmp_path / "study.db")
+    best = study.work(url, "one", 4, SPACE, objective)
+    assert len(seen) == 4
+    assert seen[0] == {"width": 8, "deep": False}
+    assert best == {"width": 8, "deep": False}
+    assert study.work(url, "one", 4, SPACE, objective) == best
+    assert len(seen) == 4
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from edgekit.search import study
+url, home, name = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+def objective(params):
+    (home / f"{name}.began").touch()
+    if name == "hangs":
+        time.sleep(600)
+    return float(params["width"])
+best = study.work(url, "joint", 3, {"width": [8, 16, 32]}, objective, study.Lease(1, 3))
+print(best["width"])
+"""
+
+
+def test_a_dead_worker_s_trial_is_taken_over(tmp_path: Path) -> None:
+    """Two processes share a search; one is killed in its trial, and the other carries out that trial too."""
+    url = str(tmp_path / "study.db")
+
+    def worker(name: str) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-c", WORKER, url, str(tmp_path), name]
+        return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+
+    with worker("hangs") as hangs:
+        until(lambda: (tmp_path / "hangs.began").exists())
+        with worker("works") as works:
+            until(lambda: (tmp_path / "works.began").exists())
+            hangs.kill()
+            out, _ = works.communicate(timeout=120)
+    assert works.returncode == 0
+    assert out.strip() == "8"  # the first values, which the killed worker had taken
+
+
+def test_a_storage_that_cannot_be_used_is_refused_without_its_password() -> None:
+    """A wrong address is three lines, and no password is shown."""
+    with pytest.raises(EdgekitError) as caught:
+        study.work("nosuchdb://user:secret@host/db", "n", 1, SPACE, lambda _: 0.0)
+    assert "secret" not in str(caught.value)
+    assert "nosuchdb://user@host/db" in caught.value.what
+
+
+def until(holds: Any) -> None:
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

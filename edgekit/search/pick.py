@@ -1,4 +1,4 @@
-"""Meeting a contract: reads what was measured, and picks.
+"""Reads what was measured, and picks.
 
 The order of preference is fixed, the smallest precision first; a later candidate is taken over an earlier one
 only where it is clearly faster. So noise in a timing does not decide between two that are nearly alike,
@@ -7,19 +7,28 @@ and the same inputs pick the same candidate.
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from edgekit.artifact import Artifact
-from edgekit.plan import Plan
+from edgekit.measure.device import Device
+from edgekit.plan import Plan, measured_on_target
 from edgekit.profile import Profile
 from edgekit.recipe import Contract
 from edgekit.run import Ran
 
 #: A larger candidate must be this many times as fast as the smaller one to be taken instead.
 CLEARLY_FASTER = 1.2
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan that was carried out in the search for a candidate, and what was different about it."""
+
+    name: str
+    plan: Plan
+    ran: Ran
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Candidate:
         precision: of its graph.
         engine: its artifact.
         measurement: its artifact.
+        targets: artifacts with its engines for further profiles.
         facts: the keys of CLI.md's ``chosen``: parameters, sizes, metric, latency, ratios.
         unmet: the parts of the contract that it misses (``size``, ``max_drop``, ``latency``) -> why.
         slower: whether it is slower than the original on the same runtime.
@@ -39,6 +49,7 @@ class Candidate:
     precision: str
     engine: Artifact
     measurement: Artifact
+    targets: tuple[Artifact, ...]
     facts: Mapping[str, Any]
     unmet: Mapping[str, str]
     slower: bool
@@ -62,26 +73,37 @@ class Outcome:
     unmet: Mapping[str, str]
 
 
-def pick(plan: Plan, ran: Ran, contract: Contract, profile: Profile) -> Outcome:
+def pick(tried: Sequence[Tried], contract: Contract, profile: Profile, device: Device) -> Outcome:
     """Choose among the candidates that miss least of the contract.
 
     A candidate slower than the original is taken only if all are; ``unmet`` says what the chosen one misses.
+
+    Args:
+        tried: in the order of preference.
+        contract: what was asked.
+        profile: the device that it was asked for.
+        device: where latencies were measured.
     """
-    baseline = _baseline(plan, ran)
+    on_target = measured_on_target(device, profile)
     candidates = [
-        _candidate(
-            precision, ran.artifacts[engine], ran.artifacts[measured], baseline, ran, plan, contract, profile
-        )
-        for precision, (engine, measured) in plan.candidates.items()
+        _candidate(one, precision, contract, profile, on_target)
+        for one in tried
+        for precision in one.plan.candidates
     ]
     chosen = _best(candidates)
     judged = tuple(_with_reason(candidate, chosen) for candidate in candidates)
-    return Outcome(baseline, judged, chosen, {**chosen.unmet, **_slower(chosen)})
+    return Outcome(_baseline(tried[0]), judged, chosen, {**chosen.unmet, **_slower(chosen)})
 
 
-def measured_on_target(profile: Profile) -> bool:
-    """Whether a latency measured here is one of the device: the same runtime and kind of processor."""
-    return profile.runtime.name == "onnxruntime" and profile.architecture == platform.machine()
+def binding(outcome: Outcome) -> tuple[str, ...]:
+    """The parts of the contract without which some candidate would have met it.
+
+    Where no single part is to blame, all that the best candidate misses.
+    """
+    if not outcome.unmet:
+        return ()
+    alone = {next(iter(c.unmet)) for c in outcome.candidates if len(c.unmet) == 1 and not c.slower}
+    return tuple(sorted(alone)) or tuple(outcome.unmet)
 
 
 def _best(candidates: list[Candidate]) -> Candidate:
@@ -99,9 +121,9 @@ def _misses(candidate: Candidate) -> tuple[bool, int]:
     return candidate.slower, len(candidate.unmet)
 
 
-def _baseline(plan: Plan, ran: Ran) -> dict[str, Any]:
-    graph = ran.artifacts["export.original"].metadata
-    measured = ran.artifacts[next(iter(plan.candidates.values()))[1]].metadata
+def _baseline(first: Tried) -> dict[str, Any]:
+    graph = first.ran.artifacts["export.original"].metadata
+    measured = first.ran.artifacts[next(iter(first.plan.candidates.values()))[1]].metadata
     return {
         "params": graph["params"],
         "macs": graph["macs"],
@@ -112,17 +134,12 @@ def _baseline(plan: Plan, ran: Ran) -> dict[str, Any]:
 
 
 def _candidate(
-    precision: str,
-    engine: Artifact,
-    measurement: Artifact,
-    baseline: Mapping[str, Any],
-    ran: Ran,
-    plan: Plan,
-    contract: Contract,
-    profile: Profile,
+    tried: Tried, precision: str, contract: Contract, profile: Profile, on_target: bool
 ) -> Candidate:
-    graph = ran.artifacts["export.pruned" if plan.size < 1 else "export.original"].metadata
-    quantized = ran.artifacts.get(f"quantize.{precision}")
+    engine, measurement = (tried.ran.artifacts[name] for name in tried.plan.candidates[precision])
+    original = tried.ran.artifacts["export.original"].metadata
+    graph = tried.ran.artifacts.get("export.pruned", tried.ran.artifacts["export.original"]).metadata
+    quantized = tried.ran.artifacts.get(f"quantize.{precision}")
     latency = measurement.metadata["latency_ms"]["candidate"]
     original_latency = measurement.metadata["latency_ms"]["original"]
     metric = measurement.metadata["metric"]["candidate"]
@@ -133,22 +150,24 @@ def _candidate(
         "size_bytes": size_bytes,
         "metric": metric,
         "latency_ms": latency,
-        "params_ratio": graph["params"] / baseline["params"],
-        "size_ratio": size_bytes / baseline["size_bytes"],
+        "params_ratio": graph["params"] / original["params"],
+        "size_ratio": size_bytes / original["size_bytes"],
         "metric_drop": measurement.metadata["metric"]["original"]["value"] - metric["value"],
         "metric_drop_interval": measurement.metadata["metric_drop_interval"],
         "speedup": original_latency["p50"] / latency["p50"],
         "precision": precision,
-        "pruning": _pruning(plan, ran),
+        "trial": tried.name,
+        "pruning": _pruning(tried.ran),
         "calibrator": quantized.metadata["calibrator"] if quantized else None,
         "calibration": quantized.metadata.get("calibration") if quantized else None,
         "layers_kept_high_precision": _kept(quantized),
     }
-    missed = unmet(facts, contract, profile)
-    return Candidate(precision, engine, measurement, facts, missed, slower=facts["speedup"] < 1)
+    missed = unmet(facts, contract, profile, on_target)
+    targets = tuple(tried.ran.artifacts[name] for name in tried.plan.targets[precision])
+    return Candidate(precision, engine, measurement, targets, facts, missed, slower=facts["speedup"] < 1)
 
 
-def unmet(facts: Mapping[str, Any], contract: Contract, profile: Profile) -> dict[str, str]:
+def unmet(facts: Mapping[str, Any], contract: Contract, profile: Profile, on_target: bool) -> dict[str, str]:
     """The parts of the contract that a candidate misses, with the reason.
 
     A latency that was not measured on the device's kind of machine counts as missed: a promise that nobody
@@ -164,8 +183,8 @@ def unmet(facts: Mapping[str, Any], contract: Contract, profile: Profile) -> dic
             f"{contract.max_drop:g} was asked"
         )
     bound = contract.latency
-    if bound is not None and not measured_on_target(profile):
-        missed["latency"] = f"not measured: this machine is no {profile.name}"
+    if bound is not None and not on_target:
+        missed["latency"] = f"not measured: no {profile.name} was reached"
     elif bound is not None and facts["latency_ms"][bound.quantile] > bound.ms:
         measured_ms = facts["latency_ms"][bound.quantile]
         missed["latency"] = f"{bound.quantile} is {measured_ms:.2f} ms; at most {bound.ms:g} ms was asked"
@@ -193,11 +212,12 @@ def _slower(candidate: Candidate) -> dict[str, str]:
     return {"faster_than_original": f"it runs at {candidate.facts['speedup']:.2f} times the original's speed"}
 
 
-def _pruning(plan: Plan, ran: Ran) -> dict[str, Any] | None:
-    if plan.size == 1.0:
+def _pruning(ran: Ran) -> dict[str, Any] | None:
+    if "prune" not in ran.artifacts:
         return None
     metadata = ran.artifacts["prune"].metadata
-    return {key: metadata[key] for key in ("channel_fraction", "alignment", "widths")}
+    keys = ("allocation", "importance", "alignment", "latency_share", "latency_model", "widths", "kept_whole")
+    return {key: metadata[key] for key in keys}
 
 
 def _kept(quantized: Artifact | None) -> dict[str, str]:
@@ -214,6 +234,8 @@ def _with_reason(candidate: Candidate, chosen: Candidate) -> Candidate:
         reason = f"slower than the original: {candidate.facts['speedup']:.2f} times its speed"
     elif candidate.unmet:
         reason = "misses " + ", ".join(candidate.unmet)
+    elif candidate.precision == chosen.precision:
+        reason = f"no better than {chosen.facts['trial']}"
     elif chosen.facts["speedup"] > CLEARLY_FASTER * candidate.facts["speedup"]:
         reason = f"{chosen.precision} is clearly faster"
     else:
