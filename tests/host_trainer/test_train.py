@@ -1,0 +1,167 @@
+"""Whole runs: the same on any number of processes, over kills, interruptions and explosions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import metrics, settings, start, train, weights
+
+from host_trainer.errors import ConfigError, Diverged
+
+#: Sums in another order: what two processes add to each other's gradient.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in one process, from beginning to end."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    train(settings(run, data__eval="training:held_out"))
+    return run
+
+
+def _same(first: Path, second: Path, tolerance: float = TOLERANCE) -> None:
+    want, got = weights(first), weights(second)
+    assert want.keys() == got.keys()
+    for name in want:
+        assert torch.allclose(want[name], got[name], atol=tolerance, rtol=tolerance), name
+
+
+def test_a_run_leaves_its_whole_story(alone: Path) -> None:
+    """The directory has the settings, the environment, the state, every loss, and the model."""
+    assert json.loads((alone / "config.json").read_text())["optimize"]["batch_size"] == 24
+    environment = json.loads((alone / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    summary = json.loads((alone / "run.json").read_text())
+    assert (summary["state"], summary["step"], summary["total_steps"]) == ("finished", 20, 20)
+    assert summary["results"]["eval/accuracy"] > 0.8
+    losses = metrics(alone)
+    assert len(losses) == 20
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "processes", "micro_batch_size"), [("ddp", 2, 0), ("ddp", 1, 6), ("fsdp", 2, 6)]
+)
+def test_the_loss_curve_depends_on_the_global_batch_alone(
+    alone: Path, tmp_path: Path, strategy: str, processes: int, micro_batch_size: int
+) -> None:
+    """Two processes with DDP or FSDP2, or accumulated gradients: each loss within 1e-4 of one process's."""
+    run = tmp_path / "run"
+    document = settings(
+        run,
+        parallel__strategy=strategy,
+        optimize__micro_batch_size=micro_batch_size,
+        data__eval="training:held_out",
+    )
+    train(document, processes)
+    assert metrics(run) == pytest.approx(metrics(alone), rel=TOLERANCE, abs=TOLERANCE)
+    assert metrics(run, "eval/loss") == pytest.approx(metrics(alone, "eval/loss"), rel=TOLERANCE)
+    assert metrics(run, "eval/accuracy") == metrics(alone, "eval/accuracy")
+    _same(alone, run)
+
+
+@pytest.mark.parametrize(("before", "after", "strategy"), [(2, 1, "ddp"), (1, 2, "fsdp")])
+def test_a_killed_run_goes_on_in_the_middle_of_an_epoch_with_other_processes(
+    alone: Path, tmp_path: Path, before: int, after: int, strategy: str
+) -> None:
+    """After kill -9 at most the interval is lost, and the result is that of a run that nothing disturbed."""
+    run = tmp_path / "run"
+    document = settings(
+        run, data__train="training:slow_points", checkpoint__every_steps=3, checkpoint__keep=1
+    )
+    started = start(document, before)
+    checkpoint = run / "checkpoints" / "step-000000003"
+    while not checkpoint.exists() and all(process.is_alive() for process, _ in started):
+        time.sleep(0.01)
+    for process, _ in started:
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+    done = len(metrics(run))
+    assert done < 20
+    train({**document, "parallel": {"device": "cpu", "strategy": strategy}}, after)
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    resumed_at = losses[done]["step"] - 1
+    assert resumed_at % 10 != 0, "in the middle of an epoch"
+    assert done - resumed_at <= 3
+    _same(alone, run)
+
+
+def test_dropout_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
+    """A run that was interrupted and went on is bit-identical to one that was not."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(settings(whole, model__source="training:dropping_net"))
+    document = settings(
+        broken,
+        model__source="training:dropping_net",
+        data__train="training:slow_points",
+        checkpoint__every_steps=100,
+    )
+    ((process, _),) = start(document)
+    while not (broken / "metrics.jsonl").exists() or len(metrics(broken)) < 3:
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid or 0, signal.SIGTERM)
+    process.join()
+    summary = json.loads((broken / "run.json").read_text())
+    assert summary["state"] == "interrupted"
+    assert 3 <= summary["step"] < 20
+    train(document)
+    _same(whole, broken, tolerance=0.0)
+
+
+def test_a_batch_with_nan_is_named(tmp_path: Path) -> None:
+    """The error names the step, the input and the batch's file; the last checkpoint is from before."""
+    run = tmp_path / "run"
+    document = settings(run, data__train="training:poisoned", checkpoint__every_steps=1, monitor__rollbacks=3)
+    with pytest.raises(Diverged, match=r"the loss became nan at step (\d+)") as caught:
+        train(document, 2)
+    assert "the input 'point' holds nan" in caught.value.why
+    assert caught.value.data_at_fault
+    step = int(caught.value.what.split()[-1])
+    (evidence,) = (run / "diverged").iterdir()
+    assert evidence.name == f"step-{step:09d}.safetensors"
+    assert json.loads((run / "run.json").read_text())["state"] == "diverged"
+    assert max(path.name for path in (run / "checkpoints").iterdir()) == f"step-{step - 1:09d}"
+
+
+def _exploding(run: Path, **changes: Any) -> dict[str, Any]:
+    return settings(
+        run, model__source="training:deep_net", optimize__learning_rate=4.0, optimize__epochs=4,
+        checkpoint__every_steps=4, **changes,
+    )  # fmt: skip
+
+
+def test_an_exploding_run_stops_with_its_cause(tmp_path: Path) -> None:
+    """A far too high learning rate: the step and the layer are named, and the weights on disk are finite."""
+    from host_trainer.checkpoint import Store
+
+    with pytest.raises(Diverged, match=r"at step \d+") as caught:
+        train(_exploding(tmp_path / "run"))
+    assert "the gradient of '" in caught.value.why
+    store = Store(tmp_path / "run" / "checkpoints", 2)
+    for step in store.steps():
+        assert all(torch.isfinite(tensor).all() for tensor in store.read(step).model.values())
+
+
+def test_an_exploding_run_recovers_by_itself(tmp_path: Path) -> None:
+    """Going back and halving the learning rate as often as it takes, it ends, and it has learned."""
+    run = tmp_path / "run"
+    train(_exploding(run, monitor__rollbacks=12, data__eval="training:held_out"))
+    rates = metrics(run, "train/learning_rate")
+    assert max(rates[-40:]) < 4.0 / 2
+    assert json.loads((run / "run.json").read_text())["state"] == "finished"
+    assert metrics(run, "eval/loss")[-1] < metrics(run)[0]
+
+
+def test_another_run_s_directory_is_refused(alone: Path) -> None:
+    """What would change the steps cannot change in the middle of a run; the key is named."""
+    with pytest.raises(ConfigError, match=r"optimize\.batch_size"):
+        train(settings(alone, optimize__batch_size=12, data__eval="training:held_out"))
