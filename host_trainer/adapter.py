@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,12 +98,13 @@ def attach(
     return Attached(wrapped, names, head, skipped, trainable / own)
 
 
-def save(model: nn.Module, directory: Path) -> None:
+def save(model: nn.Module, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the adapter of a model, whatever it is wrapped in.
 
     Args:
         model: that ``attach`` or ``load`` gave, maybe compiled or data-parallel.
         directory: exists.
+        weights: of the whole model, where its own are shared among processes.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save as serialized
@@ -112,7 +113,9 @@ def save(model: nn.Module, directory: Path) -> None:
     config = plain.peft_config["default"].to_dict()
     described = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     described |= {"base_model_name_or_path": None, "inference_mode": True}
-    state = get_peft_model_state_dict(plain, save_embedding_layers=False)
+    state = get_peft_model_state_dict(
+        plain, None if weights is None else dict(weights), save_embedding_layers=False
+    )
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
     (directory / CONFIG_FILE).write_text(json.dumps(described, indent=1, sort_keys=True) + "\n")
     (directory / WEIGHTS_FILE).write_bytes(serialized(tensors))

@@ -9,7 +9,7 @@ import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -118,6 +118,42 @@ class Parallel(Section):
     """Bind each process to the CPUs next to its GPU, where the machine has several memory nodes."""
 
 
+class Lora(Section):
+    """An adapter is trained, and the model stays as it is."""
+
+    rank: int = Field(8, ge=1)
+    """Of each layer's update."""
+    alpha: float = Field(16.0, gt=0)
+    """An update counts ``alpha / rank``."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """On the inputs of the updates."""
+    targets: tuple[Literal["attention", "mlp", "convolution"], ...] = Field(
+        ("attention", "mlp"), min_length=1
+    )
+    """Which layers of the repeated blocks get an update."""
+    head: Literal["save", "frozen"] = "save"
+    """What comes after the blocks: trained whole and kept in the adapter, or left as it is."""
+
+
+class Distill(Section):
+    """A teacher answers, and the model learns to answer as it does."""
+
+    teacher: str
+    """A Hugging Face directory, ``package.module:factory``, or an ``.onnx`` file."""
+    teacher_weights: str = ""
+    """A safetensors file, where ``teacher`` is a factory."""
+    temperature: float = Field(2.0, gt=0)
+    """Softens logits."""
+    outputs: float = Field(1.0, ge=0)
+    """Weight of the answers' difference; here and below, 0 leaves the term out."""
+    features: float = Field(0.0, ge=0)
+    """Weight of the difference of activations after each block."""
+    attention: float = Field(0.0, ge=0)
+    """Weight of the difference in what the two look at."""
+    labels: float = Field(0.0, ge=0)
+    """Weight of the loss that the model itself computes from labels."""
+
+
 class Checkpoint(Section):
     """What survives a crash."""
 
@@ -158,6 +194,8 @@ class Config(Section):
     optimize: Optimize = Optimize()
     precision: Precision = Precision()
     parallel: Parallel = Parallel()
+    lora: Lora | None = None
+    distill: Distill | None = None
     checkpoint: Checkpoint = Checkpoint()
     monitor: Monitor = Monitor()
 
@@ -261,7 +299,9 @@ def _first_problem(error: ValidationError, where: str) -> ConfigError:
 def _nearest(sections: Sequence[int | str], unknown: str) -> str:
     fields: Any = Config.model_fields
     for section in sections:
-        fields = fields[section].annotation.model_fields
+        annotation = fields[section].annotation
+        kinds = (annotation, *get_args(annotation))  # a section, or one that may be left out
+        fields = next(kind for kind in kinds if hasattr(kind, "model_fields")).model_fields
     close = difflib.get_close_matches(unknown, fields, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else "the keys there are: " + ", ".join(fields)
 
@@ -280,6 +320,16 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "parallel.nodes is above 1, and parallel.rendezvous names no host:port"
     if config.parallel.strategy == "fsdp" and config.precision.amp == "fp16":
         yield "precision.amp fp16 scales the loss, which parallel.strategy fsdp does not do; use bf16"
+    distill = config.distill
+    if distill is not None:
+        if not any((distill.outputs, distill.features, distill.attention, distill.labels)):
+            yield "distill.outputs, features, attention and labels are all 0: there is nothing to learn"
+        if distill.teacher.endswith(".onnx") and (distill.features or distill.attention):
+            yield "distill.features and distill.attention need blocks, and distill.teacher is a graph"
+        if distill.teacher_weights and ":" not in distill.teacher:
+            yield "distill.teacher_weights is for a factory; distill.teacher has its own"
+        if config.optimize.loss != "auto":
+            yield "optimize.loss is not used beside distill, which has its own"
     if len(data.image_mean) != len(data.image_std) or len(data.image_mean) not in (1, 3):
         yield "data.image_mean and data.image_std need one number each, or three"
     if config.model.weights and ":" not in config.model.source:

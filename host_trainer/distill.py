@@ -146,7 +146,7 @@ class OnnxTeacher:
 
 
 class Student(nn.Module):
-    """The model and its projections; called with a batch it gives the loss."""
+    """The model and its projections; called with a batch it gives the loss, or the model's own answer."""
 
     def __init__(
         self, model: nn.Module, call: Call, teacher: Teacher, weights: Weights, example: Batch
@@ -176,8 +176,10 @@ class Student(nn.Module):
             pairs = zip(own.features, _spread(other.features, len(own.features)), strict=True)
             self.projections.extend(_projection(mine, theirs) for mine, theirs in pairs)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The weighted sum of the terms."""
+    def forward(self, batch: Batch, answer: bool = False) -> Any:
+        """The weighted sum of the terms; with ``answer``, what the model alone gives."""
+        if answer:
+            return self._call(self.model, batch)
         weights = self._weights
         own = look(self.model, self._call, batch, weights.inside)
         other = self._teacher(batch)

@@ -21,7 +21,7 @@ from host_trainer.errors import ConfigError
 
 _LIBRARIES = ("torch", "accelerate", "transformers", "peft", "safetensors", "numpy")
 #: A run that goes on must agree in these: the steps would be others.
-_FIXED = ("seed", "model.source", "data.train", "optimize.batch_size", "optimize.epochs")
+_FIXED = ("seed", "model.source", "data.train", "optimize.batch_size", "optimize.epochs", "lora", "distill")
 _MAX_JSON_BYTES = 16 << 20
 
 

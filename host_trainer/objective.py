@@ -37,7 +37,7 @@ class Objective:
     def judge(self, model: nn.Module, batch: Inputs) -> tuple[Tensor, Tensor | None]:
         """The loss and, where the outputs are logits of classes, which samples are right."""
         outputs = self.forward(model, batch)
-        logits = _logits(outputs)
+        logits = logits_of(outputs)
         labels = batch.get("labels")
         right = None
         if labels is not None and logits.ndim == 2 and labels.ndim == 1 and not labels.is_floating_point():
@@ -99,7 +99,8 @@ def build(model: nn.Module, config: Config) -> LossFunction:
     return Objective(model, config)
 
 
-def _logits(outputs: Any) -> Tensor:
+def logits_of(outputs: Any) -> Tensor:
+    """The one tensor of a model's outputs that answers."""
     if isinstance(outputs, Tensor):
         return outputs
     for name in ("logits", "logits_per_image"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from host_trainer import checkpoint, folder, models, objective
+from host_trainer import checkpoint, folder, subject
 from host_trainer.checkpoint import Snapshot, Store, agree
 from host_trainer.compilation import compiled
 from host_trainer.config import Config
@@ -82,17 +82,20 @@ class _Run:
                 self._journal.close()
         weights = checkpoint.whole_weights(self._task.model)
         if self._engine.rank == 0:
-            models.save(self._module, weights, self._config.model, self._config.run / "model")
+            self._subject.save(weights, self._config.run / "model")
         return self._summarize("finished", self._task.total_steps)
 
     def _prepare(self, part: Share) -> None:
         config, optimize = self._config, self._config.optimize
         loader = open_training(config, part)
-        self._module = models.load(config.model, config.seed)
-        self._loss = objective.build(self._module, config)
-        loss = self._loss
+        self._subject = subject.build(
+            config, self._engine.device, lambda: next(iter(loader.batches(0, 0)))[0]
+        )
+        for note in self._subject.notes:
+            self._bar.alert(note)
+        loss = self._subject.loss
         if config.precision.compile:
-            loss = compiled(self._module, loss, self._bar.alert)
+            loss = compiled(self._subject.module, loss, self._bar.alert)
         settings = TrainSettings(
             epochs=optimize.epochs,
             learning_rate=optimize.learning_rate,
@@ -101,7 +104,7 @@ class _Run:
             clip_norm=optimize.clip_norm,
             seed=config.seed,
         )
-        model, optimizer = self._engine.prepare(self._module, settings)
+        model, optimizer = self._engine.prepare(self._subject.module, settings)
         self._task = Task(
             model, optimizer, loader.batches, loader.steps_per_epoch, loss, settings, self._engine
         )
@@ -110,7 +113,7 @@ class _Run:
         if not self._config.data.eval:
             return None
         samples = open_samples(self._config.data.eval, self._config, training=False)
-        return Evaluator(samples, self._loss, self._config, part, self._engine, self._journal)
+        return Evaluator(samples, self._subject.loss, self._config, part, self._engine, self._journal)
 
     def _make_watchers(self, part: Share) -> list[Watcher]:
         monitor, watchers = self._config.monitor, list[Watcher]()
