@@ -1,4 +1,4 @@
-"""The commands around training: writing shards.
+"""The commands around training: writing shards, merging adapters.
 
 Like every command of ``cli.py`` they parse, call one function and print.
 """
@@ -35,6 +35,26 @@ def shards(data: Path, out: Path, shard_mb: int, seed: int, as_json: bool) -> No
         click.echo(f"{written.spec}: {written.samples} samples, {written.size_bytes / 1e6:.1f} MB")
 
 
+@click.command()
+@click.argument("run", type=path_argument)
+@click.argument("out", type=path_argument)
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@json_option
+def merge(run: Path, out: Path, dtype: str, as_json: bool) -> None:
+    """Merge the adapter that RUN trained into its model, and write that into a new directory OUT."""
+    import torch
+
+    from host_trainer import merging
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    with _three_lines():
+        merged = merging.merge(run, out, dtypes[dtype])
+    if as_json:
+        print_json({"path": str(out), "merge_error": merged.merge_error, "cast_error": merged.cast_error})
+    else:
+        click.echo(f"{out}: outputs within {merged.merge_error:.1e}, and {merged.cast_error:.1e} by the cast")
+
+
 @contextmanager
 def _three_lines() -> Iterator[None]:
     from host_trainer.errors import TrainingError
@@ -45,4 +65,4 @@ def _three_lines() -> Iterator[None]:
         raise BadInput(error.what, error.why, error.fix) from error
 
 
-COMMANDS = (shards,)
+COMMANDS = (shards, merge)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from host_trainer.errors import TrainingError
+from host_trainer.errors import MissingError, TrainingError
 from host_trainer.structure import Layers, survey
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def attach(
     Raises:
         TrainingError: the model has no layer of such a part.
     """
-    import peft
+    peft = _peft()
 
     layers = survey(model)
     wanted = set(parts)
@@ -127,7 +127,7 @@ def load(model: nn.Module, directory: Path) -> PeftModel:
     Raises:
         TrainingError: a file is missing or damaged, or the adapter belongs to another model.
     """
-    import peft
+    peft = _peft()
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -207,8 +207,16 @@ def unwrapped(model: nn.Module) -> Any:
     return model if inner is None else unwrapped(inner)
 
 
+def _peft() -> Any:
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise MissingError("peft is not installed", str(error), "pip install 'edgekit[train]'") from error
+    return peft
+
+
 def _wrapped(model: nn.Module, config: LoraConfig) -> PeftModel:
-    import peft
+    peft = _peft()
 
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -249,7 +257,7 @@ def _nothing_to_adapt(layers: Layers, wanted: set[Part]) -> TrainingError:
 
 
 def _read_config(directory: Path) -> LoraConfig:
-    import peft
+    peft = _peft()
 
     path = directory / CONFIG_FILE
     try:
