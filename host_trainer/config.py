@@ -123,7 +123,7 @@ class Lora(Section):
 
     rank: int = Field(8, ge=1)
     """Of each layer's update."""
-    alpha: float = Field(16.0, gt=0)
+    alpha: int = Field(16, ge=1)
     """An update counts ``alpha / rank``."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """On the inputs of the updates."""
