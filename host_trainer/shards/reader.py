@@ -21,6 +21,9 @@ from host_trainer.shards.members import files
 from host_trainer.shards.order import epoch_order
 
 MAX_OPEN_FILES = 64
+STRETCH_BYTES = 8 << 20
+#: Stretches that are taken to be in the page cache still.
+MAX_STRETCHES = 64
 
 
 class RawSample(NamedTuple):
@@ -45,7 +48,7 @@ class ShardDataset:
         """
         self.shards = index.find(spec)
         self._ends = np.cumsum([shard.count for shard in self.shards])
-        self._files = _OpenFiles()
+        self._disk = _Disk()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -63,7 +66,7 @@ class ShardDataset:
         shard = self.shards[number]
         row = position - (int(self._ends[number]) - shard.count)
         start, end = int(shard.starts[row]), int(shard.starts[row + 1])
-        return _parsed(self._files.read(shard.path, start, end - start), shard.path, start)
+        return _parsed(self._disk.read(shard.path, start, end - start), shard.path, start)
 
     def __getitems__(self, positions: Sequence[int]) -> list[RawSample]:
         """Read a batch, front to back in the shards, whatever order it is asked for in."""
@@ -75,26 +78,44 @@ class ShardDataset:
         return epoch_order([shard.count for shard in self.shards], seed, epoch)
 
 
-class _OpenFiles:
-    """The files read last; positions are given with each read, so forked processes may share them."""
+class _Disk:
+    """Reads at given places, so that forked processes may share the files, and has what is around fetched.
+
+    Samples of one window lie near each other and are asked for in a mixed order: the first one that falls
+    into a stretch of a shard has the kernel read all of it, in one go.
+    """
 
     def __init__(self) -> None:
         self._descriptors: OrderedDict[Path, int] = OrderedDict()
+        self._fetched: OrderedDict[tuple[Path, int], None] = OrderedDict()
 
     def read(self, path: Path, start: int, size: int) -> bytes:
+        descriptor = self._open(path, start)
+        self._fetch(path, descriptor, start // STRETCH_BYTES)
+        return os.pread(descriptor, size, start)
+
+    def _open(self, path: Path, start: int) -> int:
         if path in self._descriptors:
             self._descriptors.move_to_end(path)
-        else:
-            if len(self._descriptors) >= MAX_OPEN_FILES:
-                os.close(self._descriptors.popitem(last=False)[1])
-            try:
-                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise _damaged(path, start, str(error)) from error
-        return os.pread(self._descriptors[path], size, start)
+            return self._descriptors[path]
+        if len(self._descriptors) >= MAX_OPEN_FILES:
+            os.close(self._descriptors.popitem(last=False)[1])
+        try:
+            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _damaged(path, start, str(error)) from error
+        return self._descriptors[path]
+
+    def _fetch(self, path: Path, descriptor: int, stretch: int) -> None:
+        if (path, stretch) in self._fetched:
+            return
+        if len(self._fetched) >= MAX_STRETCHES:
+            self._fetched.popitem(last=False)
+        self._fetched[path, stretch] = None
+        os.posix_fadvise(descriptor, stretch * STRETCH_BYTES, STRETCH_BYTES, os.POSIX_FADV_WILLNEED)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_descriptors": OrderedDict()}  # a spawned process opens its own
+        return {"_descriptors": OrderedDict(), "_fetched": OrderedDict()}  # a spawned process opens its own
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
