@@ -101,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         return _child(*options.child)
-    count, size, runs = (2000, 16 << 10, 1) if options.quick else (60_000, 24 << 10, 3)
+    count, size, runs = (2000, 16 << 10, 1) if options.quick else (40_000, 16 << 10, 3)
     with tempfile.TemporaryDirectory(prefix="edgekit-bench-", dir=options.directory) as temporary:
         root = Path(temporary)
         _make_files(root / "files", count, size)
