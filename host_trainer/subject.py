@@ -49,6 +49,12 @@ def build(config: Config, device: torch.device, example: Callable[[], Inputs]) -
         ConfigError: something cannot be loaded.
         TrainingError: the model has no layer for the adapter, or the teacher does not fit.
     """
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # updates and projections begin at random
+        return _build(config, device, example)
+
+
+def _build(config: Config, device: torch.device, example: Callable[[], Inputs]) -> Subject:
     model = models.load(config.model, config.seed)
     if config.distill is not None and config.distill.attention:
         _show_attention(model)
@@ -88,9 +94,7 @@ def _student(
     )
     teacher = _teacher(config, distill, weights, device)
     placed = {name: tensor.to(device) for name, tensor in example.items()}
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        return Student(module.to(device), call, teacher, weights, placed)
+    return Student(module.to(device), call, teacher, weights, placed)
 
 
 def _teacher(config: Config, distill: Distill, weights: Weights, device: torch.device) -> Teacher:

@@ -79,6 +79,11 @@ def test_an_adapter_is_trained_kept_alone_and_merged(tmp_path: Path, base: Path)
     assert train(config).state == "finished"
     losses = _losses(config.run)
     assert losses[-1] < 0.7 * losses[0]
+    again = config.model_copy(update={"run": tmp_path / "again"})
+    torch.manual_seed(99)  # the caller's random state decides nothing
+    train(again)
+    files = [(one.run / "model" / adapter.WEIGHTS_FILE).read_bytes() for one in (config, again)]
+    assert files[0] == files[1]
     [checkpoint, *_] = sorted((config.run / "checkpoints").iterdir())
     kept = {
         *load_file(checkpoint / "model.safetensors"),
