@@ -1,18 +1,16 @@
-"""The commands around training: writing shards, merging adapters.
+"""The commands around `edgekit train`: shards for it, adapters, students.
 
 Like every command of ``cli.py`` they parse, call one function and print.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from edgekit.console import json_option, path_argument, print_json
-from edgekit.errors import BadInput
+from edgekit.train_commands import training_errors
 
 
 @click.command()
@@ -27,7 +25,7 @@ def shards(data: Path, out: Path, shard_mb: int, seed: int, as_json: bool) -> No
 
     from host_trainer.shards import writer
 
-    with _three_lines():
+    with training_errors():
         written = writer.write(data, out, shard_mb << 20, seed)
     if as_json:
         print_json(asdict(written))
@@ -47,7 +45,7 @@ def merge(run: Path, out: Path, dtype: str, as_json: bool) -> None:
     from host_trainer import merging
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    with _three_lines():
+    with training_errors():
         merged = merging.merge(run, out, dtypes[dtype])
     if as_json:
         print_json({"path": str(out), "merge_error": merged.merge_error, "cast_error": merged.cast_error})
@@ -55,14 +53,27 @@ def merge(run: Path, out: Path, dtype: str, as_json: bool) -> None:
         click.echo(f"{out}: outputs within {merged.merge_error:.1e}, and {merged.cast_error:.1e} by the cast")
 
 
-@contextmanager
-def _three_lines() -> Iterator[None]:
-    from host_trainer.errors import TrainingError
+@click.command()
+@click.argument("config", type=path_argument)
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+def lora(config: Path, overrides: tuple[str, ...]) -> int:
+    """Train an adapter as CONFIG with a section [lora] says; `edgekit merge` makes a plain model of it."""
+    from host_trainer.launch import launch
 
-    try:
-        yield
-    except TrainingError as error:
-        raise BadInput(error.what, error.why, error.fix) from error
+    with training_errors():
+        return launch(config, overrides, section="lora")
 
 
-COMMANDS = (shards, merge)
+@click.command()
+@click.argument("config", type=path_argument)
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+def distill(config: Path, overrides: tuple[str, ...]) -> int:
+    """Train a student as CONFIG with a section [distill] says."""
+    from host_trainer.launch import launch
+
+    with training_errors():
+        return launch(config, overrides, section="distill")
+
+
+#: Registered by ``cli.py``.
+COMMANDS = (shards, lora, distill, merge)

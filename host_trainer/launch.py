@@ -17,20 +17,26 @@ from pathlib import Path
 from host_trainer import config as configuration
 from host_trainer.__main__ import ERROR_FILE, INTERRUPTED
 from host_trainer.config import Config
-from host_trainer.errors import TrainingError
+from host_trainer.errors import ConfigError, TrainingError
 
 
-def launch(path: Path, overrides: Sequence[str]) -> int:
+def launch(path: Path, overrides: Sequence[str], section: str = "") -> int:
     """Train, and give the exit code of the processes: 0, or ``INTERRUPTED``.
 
     Args:
         path: the configuration.
         overrides: as ``config.load`` takes them.
+        section: that the configuration has to have.
 
     Raises:
-        TrainingError: what one of the processes reported.
+        TrainingError: what one of the processes reported, or the section is missing.
     """
     config = configuration.load(path, overrides)
+    if section and getattr(config, section) is None:
+        raise ConfigError(
+            f"{path} has no section [{section}]", "it describes another kind of training",
+            "add it, or use `edgekit train`",
+        )  # fmt: skip
     processes = config.parallel.processes or _visible_gpus(config)
     configuration.check_processes(config, processes * config.parallel.nodes)
     arguments = ["-m", "host_trainer", str(path), *overrides]

@@ -1,4 +1,4 @@
-"""``edgekit shards``: what it writes, ``edgekit`` reads; what it cannot read, it says."""
+"""The commands around training: what `shards` writes, `edgekit` reads; what is missing, they say."""
 
 from __future__ import annotations
 
@@ -36,3 +36,14 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     assert_three_lines(edgekit("shards", "t.jsonl", "out", cwd=tmp_path), 2)
     assert_three_lines(edgekit("shards", "missing", "out", cwd=tmp_path), 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.jsonl"]
+
+
+def test_adapters_and_students_need_their_section(tmp_path: Path) -> None:
+    """`lora` and `distill` on a plain training configuration, `merge` on no run: three lines, exit code 2."""
+    (tmp_path / "c.toml").write_text(
+        'run = "run"\n[model]\nsource = "nets:net"\n[data]\ntrain = "t.jsonl"\n[parallel]\ndevice = "cpu"\n'
+    )
+    for command in ("lora", "distill"):
+        assert f"[{command}]" in assert_three_lines(edgekit(command, "c.toml", cwd=tmp_path), 2)
+    assert_three_lines(edgekit("merge", "run", "out", cwd=tmp_path), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.toml"]
