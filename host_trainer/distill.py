@@ -93,7 +93,7 @@ class ModuleTeacher:
 
 
 class OnnxTeacher:
-    """An ONNX file, run by ONNX Runtime; of CUDA's providers where torch and ONNX Runtime both have one.
+    """An ONNX file, run by ONNX Runtime, on CUDA where that has it (not executed).
 
     It shows its answers only: a graph has no blocks.
     """
@@ -168,8 +168,11 @@ class Student(nn.Module):
         self._call = call
         self._teacher = teacher
         self._weights = weights
+        training = model.training
+        model.eval()  # the example leaves no trace in statistics
         with torch.no_grad():
             own, other = look(model, call, example, weights.inside), teacher(example)
+        model.train(training)
         _check_together(own, other, weights)
         self.projections = nn.ModuleList()
         if weights.features > 0:
