@@ -7,30 +7,32 @@ import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from host_trainer.shards.writer import write
 
 SAMPLES = 50
-#: Prints, for each epoch, the labels of each step that a process of ``world`` gets.
+#: Prints, for each name of shards and each (epoch, first step), the labels of the steps that a process gets.
 PROGRAM = """
 import json, sys
 from host_trainer.config import parse
 from host_trainer.data import Share, open_training
-spec, rank, world, starts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
-config = parse({
-    "run": "unused", "seed": 3, "model": {"source": "unused:unused"}, "parallel": {"device": "cpu"},
-    "data": {"train": spec, "workers": 2, "image_size": 4}, "optimize": {"batch_size": 12},
-}, "test")
-loader = open_training(config, Share(12, 3, rank, world))
-seen = [
-    [[int(n) for part in step for n in part["labels"]] for step in loader.batches(epoch, first)]
-    for epoch, first in starts
-]
+rank, world, starts = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+seen = []
+for spec in sys.argv[4:]:
+    config = parse({
+        "run": "unused", "seed": 3, "model": {"source": "unused:unused"}, "parallel": {"device": "cpu"},
+        "data": {"train": spec, "workers": 2, "image_size": 4}, "optimize": {"batch_size": 12},
+    }, "test")
+    loader = open_training(config, Share(12, 3, rank, world))
+    seen.append([
+        [[int(n) for part in step for n in part["labels"]] for step in loader.batches(epoch, first)]
+        for epoch, first in starts
+    ])
 print(json.dumps(seen))
 """
+Epoch = list[list[int]]
 
 
 def _data(tmp_path: Path) -> Path:
@@ -42,21 +44,21 @@ def _data(tmp_path: Path) -> Path:
     return tmp_path / "data.jsonl"
 
 
-def _start(spec: str, rank: int, world: int, starts: list[tuple[int, int]]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, spec, str(rank), str(world), json.dumps(starts)]
+def _start(rank: int, world: int, starts: list[tuple[int, int]], specs: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, str(rank), str(world), json.dumps(starts), *specs]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def _seen(process: subprocess.Popen[str]) -> list[list[list[int]]]:
+def _seen(process: subprocess.Popen[str]) -> list[list[Epoch]]:
     out, _ = process.communicate(timeout=250)
     assert process.returncode == 0
-    result: list[list[list[int]]] = json.loads(out)
+    result: list[list[Epoch]] = json.loads(out)
     return result
 
 
-def _together(parts: list[Any]) -> list[list[int]]:
-    """The steps of an epoch, from the processes' parts of each."""
-    return [sorted(chain(*step)) for step in zip(*parts, strict=True)]
+def _together(first: Epoch, second: Epoch) -> Epoch:
+    """The steps of an epoch, from the two processes' parts of each."""
+    return [sorted(mine + theirs) for mine, theirs in zip(first, second, strict=True)]
 
 
 def test_two_processes_with_two_workers_see_every_sample_as_promised(tmp_path: Path) -> None:
@@ -69,13 +71,11 @@ def test_two_processes_with_two_workers_see_every_sample_as_promised(tmp_path: P
     assert specs[0].endswith("}.tar")
     assert specs[1].endswith("shard-000000.tar")
     starts = [(0, 0), (1, 0), (1, 2)]
-    for spec in specs:
-        pair = [_start(spec, rank, 2, starts) for rank in range(2)]
-        first, second = map(_seen, pair)
-        [alone] = [_seen(_start(spec, 0, 1, starts))]
-        assert [[len(step) for step in epoch] for epoch in first] == [[6] * 4, [6] * 4, [6] * 2]
-        assert [[len(step) for step in epoch] for epoch in second] == [[6] * 4, [6] * 4, [6] * 2]
-        epochs = [_together(list(parts)) for parts in zip(first, second, strict=True)]
+    processes = [_start(rank, world, starts, specs) for rank, world in ((0, 2), (1, 2), (0, 1))]
+    for first, second, alone in zip(*map(_seen, processes), strict=True):
+        for part in (first, second):
+            assert [[len(step) for step in epoch] for epoch in part] == [[6] * 4, [6] * 4, [6] * 2]
+        epochs = [_together(*parts) for parts in zip(first, second, strict=True)]
         assert epochs == [[sorted(step) for step in epoch] for epoch in alone]
         for epoch in epochs[:2]:
             labels = list(chain(*epoch))
