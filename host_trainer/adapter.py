@@ -224,7 +224,8 @@ def _wrapped(model: nn.Module, config: LoraConfig) -> PeftModel:
             module.activation_relu_or_gelu = 0
     with warnings.catch_warnings():  # peft asks transformers for an attribute by its old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return peft.get_peft_model(model, config)
+        wrapped: PeftModel = peft.get_peft_model(model, config)
+    return wrapped
 
 
 def _only(model: nn.Module, names: tuple[str, ...]) -> list[str] | str:
@@ -266,11 +267,13 @@ def _read_config(directory: Path) -> LoraConfig:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document.get("peft_type") != "LORA":
             raise ValueError(f"it describes {document.get('peft_type')!r}, not LORA")
-        return peft.LoraConfig(**{key: value for key, value in document.items() if key != "auto_mapping"})
+        described = {key: value for key, value in document.items() if key != "auto_mapping"}
+        config: LoraConfig = peft.LoraConfig(**described)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise TrainingError(
             f"{path} cannot be read", str(error), "give the directory of a LoRA adapter"
         ) from error
+    return config
 
 
 def _outputs(model: nn.Module, forward: Callable[[nn.Module], Tensor]) -> Tensor:

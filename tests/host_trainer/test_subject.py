@@ -23,13 +23,17 @@ WORDS = ("good", "fine", "great", "bad", "poor", "awful", "film", "plot")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small BERT with its tokenizer, as a Hugging Face directory."""
+    return _bert(tmp_path_factory.mktemp("base"), width=16, layers=2, spread=0.02)
+
+
+def _bert(directory: Path, width: int, layers: int, spread: float) -> Path:
+    """Weights are drawn with a deviation of ``spread``: a small one answers nearly the same to everything."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    directory = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
+    torch.manual_seed(layers)
     config = BertConfig(
-        vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=16, num_labels=2,
+        vocab_size=16, hidden_size=width, intermediate_size=24, num_hidden_layers=layers,
+        num_attention_heads=2, max_position_embeddings=16, num_labels=2, initializer_range=spread,
     )  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(directory)
     vocabulary = {word: number for number, word in enumerate(("[PAD]", "[UNK]", *WORDS))}
@@ -102,24 +106,17 @@ def test_an_adapter_is_trained_kept_alone_and_merged(tmp_path: Path, base: Path)
         merge(config.run, tmp_path / "merged", torch.float32)
 
 
-def test_a_student_learns_from_a_teacher_s_answers_and_insides(tmp_path: Path, base: Path) -> None:
+def test_a_student_learns_from_a_teacher_s_answers_and_insides(tmp_path: Path) -> None:
     """Without labels; what is written is the model alone, by its own names."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(1)
-    small = BertConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=16, num_labels=2,
-    )  # fmt: skip
-    student = BertForSequenceClassification(small)
-    student.save_pretrained(tmp_path / "small")
-    (tmp_path / "small" / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
-    distill = {"teacher": str(base), "features": 1.0, "attention": 1.0}
-    config = _config(tmp_path, tmp_path / "small", labels=False, distill=distill, monitor={"every_steps": 1})
+    teacher = _bert(tmp_path / "teacher", width=16, layers=2, spread=0.5)
+    small = _bert(tmp_path / "small", width=8, layers=1, spread=0.02)
+    distill = {"teacher": str(teacher), "features": 1.0, "attention": 1.0}
+    config = _config(tmp_path, small, labels=False, distill=distill, monitor={"every_steps": 1})
     assert train(config).state == "finished"
     losses = _losses(config.run)
     assert losses[-1] < 0.8 * losses[0]
-    assert set(load_file(config.run / "model" / "model.safetensors")) == set(student.state_dict())
+    weights = {path: set(load_file(path / "model.safetensors")) for path in (small, config.run / "model")}
+    assert weights[small] == weights[config.run / "model"]
 
 
 def test_an_onnx_file_teaches_a_factory_s_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
