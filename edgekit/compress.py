@@ -251,6 +251,7 @@ def _report(prepared: Prepared, found: search.Found, contract: Contract, made: B
         "engines": _engines(prepared, outcome.chosen),
         "bundle": {"path": str(made.directory), "file": str(made.archive), "digest": made.digest},
         "stages": [asdict(record) for record in found.records],
+        "layers": outcome.chosen.measurement.metadata["layers"],
         "sensitivity": _sensitivity(found),
         "latency_predicted_ms": _predicted(prepared, outcome),
         "why": {**_not_measured(prepared, found), **_not_certain(outcome, contract)},

@@ -19,12 +19,15 @@ class Session:
         outputs: names of the outputs, in order.
     """
 
-    def __init__(self, graph: Path | bytes, threads: int | None = None) -> None:
+    def __init__(
+        self, graph: Path | bytes, threads: int | None = None, profile_prefix: Path | None = None
+    ) -> None:
         """Load the graph.
 
         Args:
             graph: an ``.onnx`` file, or a serialized model.
             threads: of one run; None: one a physical core, at most as many as this process may use.
+            profile_prefix: where to write what each kernel took; None: it is not looked at.
 
         Raises:
             BadInput: ONNX Runtime does not accept the graph.
@@ -39,6 +42,9 @@ class Session:
         # turns on two cores were each measured at twice their latency.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
+        if profile_prefix is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile_prefix)
         try:
             source = str(graph) if isinstance(graph, Path) else graph
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -56,6 +62,10 @@ class Session:
         """Run once; arrays by output name."""
         feed = {name: inputs[name] for name in self.inputs}
         return dict(zip(self.outputs, self._session.run(None, feed), strict=True))
+
+    def end_profile(self) -> Path:
+        """The file of a session that was opened with ``profile_prefix``, which records no more."""
+        return Path(self._session.end_profiling())
 
 
 class Chain:

@@ -183,6 +183,15 @@ class PredictedLatency(_Frozen):
     how: str
 
 
+class LayerResult(_Frozen):
+    """A kernel of the chosen graph as ONNX Runtime runs it here, under its profiler."""
+
+    name: str
+    operator: str
+    precision: Literal["int8", "fp16", "fp32", "other"]
+    median_ms: float
+
+
 class Report(_Frozen):
     """The whole document."""
 
@@ -199,6 +208,7 @@ class Report(_Frozen):
     engines: list[EngineResult]
     bundle: BundleResult
     stages: list[StageResult]
+    layers: list[LayerResult]
     sensitivity: dict[str, GroupSensitivity]
     latency_predicted_ms: PredictedLatency | None
     why: dict[str, str]

@@ -17,7 +17,7 @@ from edgekit import ort
 from edgekit.artifact import Artifact
 from edgekit.builders.onnxruntime import ENGINE_FILE
 from edgekit.data import Dataset
-from edgekit.measure import accuracy
+from edgekit.measure import accuracy, layers
 from edgekit.measure.device import Timed
 from edgekit.measure.outputs import collect
 from edgekit.profile import Profile
@@ -27,6 +27,7 @@ from edgekit.stages.registry import Inputs
 GOLDEN_INPUTS = "golden_inputs.npz"
 GOLDEN_OUTPUTS = "golden_outputs.npz"
 _GOLDEN_ROWS = 4
+_PROFILED_RUNS = 20
 
 #: How far an engine on another processor may be from the golden outputs, as a share of the largest value
 #: of the output: float kernels differ in summation order; a changed rounding moves an INT8 value by a step.
@@ -50,6 +51,8 @@ class Config(BaseModel):
 
 def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[str, Any]:
     """Measure the metric and the latency of both engines, and write the golden inputs and outputs.
+
+    What each kernel of the candidate takes is looked at apart from the latency, which it would spoil.
 
     Raises:
         BadInput: the metric does not suit the model, or the held-out data is damaged.
@@ -75,6 +78,8 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
         warmup=config.measure.warmup,
         threads=config.threads,
     )
+    graph = inputs.artifacts["candidate"].path / ENGINE_FILE
+    kernels = layers.profile(graph, example, _PROFILED_RUNS, config.threads)
     tolerances = _golden(sessions["candidate"], held_out, inputs.artifacts["candidate"], out)
     if inputs.sources.postprocess is not None:
         tolerances |= {spec.name: _ANY for spec in inputs.sources.postprocess.outputs}
@@ -82,6 +87,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
         "metric": scores,
         "metric_drop_interval": None if lost is None else lost.as_json(),
         "latency_ms": {role: timing.as_json() for role, timing in timings.items()},
+        "layers": [layer.as_json() for layer in kernels],
         "tolerances": tolerances,
     }
 
