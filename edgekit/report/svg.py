@@ -70,5 +70,5 @@ def axis_over(values: Sequence[float], start: float, end: float, ticks: int = 5)
 
 def _nice(value: float) -> float:
     """The next 1, 2 or 5 times a power of ten."""
-    power = 10 ** math.floor(math.log10(value))
+    power = float(10.0 ** math.floor(math.log10(value)))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value * 0.999)
