@@ -2,9 +2,9 @@
 
 python benchmarks/check_agreement.py [--json] [--quick]
 
-The graphs are whole networks that the onnx package carries, networks and single layers that PyTorch converted
-(there too), and transformers and convolutional networks that are exported here. Verdicts come from the
-published tables alone; then the real parser is asked about the same graph, in a process of its own.
+The graphs are whole networks, networks and layers that PyTorch converted, and small composed models, all
+of which the onnx package carries; and transformers and convolutional networks that are exported here.
+Verdicts come from the published tables alone; then the real parser is asked about the same graph.
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ def main() -> None:
     ]
     figures = {
         "graphs": len(names),
+        "refused_by_both": [
+            f"{name}: {verdict[0].op_type} {verdict[0].why}"
+            for name, verdict, answer in zip(names, verdicts, answers, strict=True)
+            if verdict and not answer.accepted
+        ],
         "accepted_by_the_parser": sum(answer.accepted for answer in answers),
         "agreement_fraction": 1 - len(disagreements) / len(names),
         "disagreements": disagreements,
@@ -71,7 +76,7 @@ def _graphs() -> Iterator[tuple[str, ModelProto]]:
     """Name and graph, the largest networks first."""
     yield from _exported()
     home = Path(onnx.__file__).parent / "backend" / "test" / "data"
-    for folder in ("light", "pytorch-converted", "pytorch-operator"):
+    for folder in ("light", "pytorch-converted", "pytorch-operator", "simple"):
         for path in sorted((home / folder).rglob("*.onnx")):
             yield f"{folder}/{path.stem if folder == 'light' else path.parent.name}", load_model(path)
 

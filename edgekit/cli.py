@@ -217,7 +217,7 @@ def profiles_list(as_json: bool) -> None:
         print_json([{"name": entry.name, "description": entry.description} for entry in loaded])
     else:
         for entry in loaded:
-            click.echo(f"{entry.name:<22} {entry.description}")
+            click.echo(f"{entry.name:<26} {entry.description}")
 
 
 @profiles.command("show")

@@ -63,7 +63,7 @@ class Verdict:
         source: where the rules come from.
         changes: what lowering rewrites.
         difference: the largest between the graph and the lowered one, run by ONNX Runtime, as a share of
-            the output's largest value; None where nothing was rewritten.
+            the output's largest value; None where nothing was rewritten, or ONNX Runtime cannot run it.
         refused: nodes that the runtime does not take, and why.
         precisions: by precision, None where it can be had, else why not.
         memory: what is needed and what the device has.
@@ -163,7 +163,7 @@ class _Subject:
         if table.name not in self._lowered:
             lowered = lower(self._graph, table)
             difference = None
-            if lowered.changes and not lowered.refused:
+            if lowered.changes and not lowered.refused and self._session_error is None:
                 difference = prove(self._graph, lowered.model, self._examples())
             self._lowered[table.name] = lowered, difference
         return self._lowered[table.name]

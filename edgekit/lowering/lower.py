@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.inliner
+import onnx.version_converter
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from calibration.graph import Names, model_inputs, opset, rename_reads, replace_nodes, walk_graphs
@@ -24,6 +25,8 @@ from edgekit.tensors import Arrays
 
 #: The IR version that came with opset 17's tools; 8.5's parser reads no newer files.
 _IR_VERSION = 8
+#: Per-channel Q/DQ exists from here on.
+_MODERN_OPSET = 13
 #: Float rounding in another order of operations; a wrong rewrite is off by far more.
 TOLERANCE_FRACTION = 1e-4
 
@@ -74,8 +77,9 @@ def lower(model: ModelProto, table: Table) -> Lowered:
     lowered.CopyFrom(model)
     if lowered.functions:
         lowered = onnx.inliner.inline_local_functions(lowered)
+    lowered, changes = _old_enough(lowered, table)
     lowered = _with_shapes(lowered)
-    changes = _rewrite(lowered, table)
+    changes += _rewrite(lowered, table)
     refused: tuple[Refused, ...] = ()
     if opset(lowered) > table.highest_opset:
         before = opset(lowered)
@@ -114,6 +118,18 @@ def prove(model: ModelProto, lowered: ModelProto, examples: Sequence[Arrays]) ->
             "report this; meanwhile choose a profile with a newer runtime",
         )
     return worst
+
+
+def _old_enough(model: ModelProto, table: Table) -> tuple[ModelProto, list[str]]:
+    """Bring a model that is older than the parser reads up to date, where ONNX itself can."""
+    before = opset(model)
+    if before >= table.lowest_opset:
+        return model, []
+    try:
+        newer = onnx.version_converter.convert_version(model, _MODERN_OPSET)
+    except Exception:  # the converter's error has no type of its own; the old opset is then refused by name
+        return model, []
+    return newer, [f"opset {before} brought up to {_MODERN_OPSET}"]
 
 
 def _rewrite(model: ModelProto, table: Table) -> list[str]:

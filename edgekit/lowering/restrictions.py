@@ -87,6 +87,16 @@ def _recurrent(node: NodeProto, _view: View) -> str | None:
     return "it has no other layout than 0" if integer(node, "layout", 0) else None
 
 
+def _slope(node: NodeProto, view: View) -> str | None:
+    """Files older than opset 9 have one slope a channel without the axes that say so."""
+    data, slope = view.shape(node.input[0]), view.shape(node.input[1])
+    if data is None or slope is None:
+        return None
+    pairs = zip(reversed(data), reversed(slope), strict=False)
+    fits = len(slope) <= len(data) and all(b == 1 or b == a or not isinstance(a, int) for a, b in pairs)
+    return None if fits else f"slopes of shape {slope} do not broadcast to {data}"
+
+
 def _constant_slot(slot: int, name: str) -> Restriction:
     def restriction(node: NodeProto, view: View) -> str | None:
         given = len(node.input) > slot and node.input[slot]
@@ -104,6 +114,7 @@ RESTRICTIONS: Mapping[str, Restriction] = {
     "LayerNormalization": _first_output_only,
     "QuantizeLinear": _zero_point,
     "DequantizeLinear": _zero_point,
+    "PRelu": _slope,
     "LSTM": _recurrent,
     "GRU": _recurrent,
     "RNN": _recurrent,

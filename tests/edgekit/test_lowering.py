@@ -107,6 +107,15 @@ def _input_shape(model: ModelProto) -> list[Any]:
     return [size.dim_param or size.dim_value for size in sizes]
 
 
+def test_a_graph_that_is_too_old_is_brought_up_to_date() -> None:
+    """Parsers read opset 9 and newer; an older graph is converted, and computes the same."""
+    model = one("Softmax", [2, 8], axis=1, opset=7)
+    lowered = lower(model, TABLES["jetson-thor"])
+    assert lowered.changes == ("opset 7 brought up to 13",)
+    assert lowered.refused == ()
+    assert prove(model, lowered.model, [{"x": images(2, 8)}]) == 0
+
+
 def test_a_newer_parser_keeps_what_it_has() -> None:
     """LayerNormalization stays one operator where the parser has it; Gelu goes for 10.3 and stays for 11."""
     normal, gelu = CASES["LayerNormalization"], CASES["Gelu"]
@@ -147,6 +156,8 @@ def test_64_bit_inputs_and_constants_become_what_the_parser_makes_of_them() -> N
         (one("BitShift", ["n"], direction="LEFT"), "BitShift is not among its operators"),
         (one("Det", ["n", 3, 3]), "Det is not among its operators"),
         (one("DynamicQuantizeLinear", ["n", 3]), "not among its operators"),
+        (one("PRelu", ["n", 3, 8], {"slope": weights(3)}, opset=17), "do not broadcast"),
+        (one("MaxPool", ["n", 3, 8], opset=17, kernel_shape=[2], dilations=[2]), "no dilated pooling"),
         (FREE_RESIZE, "nearest or linear, not cubic"),
     ],
 )  # fmt: skip
