@@ -32,12 +32,13 @@ from device_agent.activation import Activation
 from device_agent.admission import Admission, Rotated
 from device_agent.bounded import Timeouts, bounded
 from device_agent.errors import AgentError, BadInput, Refused
+from device_agent.installed import Version
 from device_agent.journal import Operation, abandon_interrupted
 from device_agent.model_state import ModelState
 from device_agent.outcome import Installed, outcome_of
 from device_agent.probation.watch import Interrupted
 from device_agent.signature import Trust
-from device_agent.store import Store, Version
+from device_agent.store import Store
 from device_agent.swap_plan import NOTHING_TO_STOP
 
 if TYPE_CHECKING:

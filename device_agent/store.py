@@ -14,22 +14,21 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import os
 import shutil
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Type
+from typing import Any, Dict, List, Mapping, Optional, Type
 
 from device_agent import archive, durable, manifest
 from device_agent.bounded import Timeouts, bounded
+from device_agent.disk import disk_errors, lock
 from device_agent.errors import AgentError, BadInput, Refused
+from device_agent.installed import Version
 from device_agent.manifest_checks import valid_name
 from device_agent.model_state import ModelState
 
@@ -37,30 +36,6 @@ _log = logging.getLogger(__name__)
 _RESERVE_BYTES = 1024 * 1024
 _BLOCK_BYTES = 4096
 _MIN_PREFIX = 6
-
-
-@dataclass(frozen=True)
-class Version:
-    """An installed version of a model."""
-
-    name: str
-    digest: str
-    directory: Path
-    active: bool
-    fallback: bool
-    committed: bool
-
-    def label(self) -> Dict[str, str]:
-        """The name and the digest, for JSON."""
-        return {"name": self.name, "digest": self.digest}
-
-    def describe(self) -> Dict[str, Any]:
-        """A form for JSON; the manifest's version number is null where the manifest is damaged."""
-        try:
-            number: Optional[int] = manifest.read(self.directory)[0].version
-        except AgentError:
-            number = None
-        return {**asdict(self), "directory": str(self.directory), "version": number}
 
 
 class Store:
@@ -77,7 +52,7 @@ class Store:
         with disk_errors(f"the store {state_dir} cannot be opened"):
             if not state_dir.is_dir():
                 durable.make_directory(state_dir)
-            self._lock = _lock(state_dir / "lock")
+            self._lock = lock(state_dir / "lock")
         try:
             with disk_errors(f"the store {state_dir} cannot be prepared"):
                 self._prepare()
@@ -372,19 +347,6 @@ class Store:
             durable.write(self._model(name) / file, data)
 
 
-@contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turn an ``OSError`` into a refusal that says what could not be done."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "free some space" if full else "check the disk and its mount options"
-        raise Refused(
-            what, error.strerror or str(error), f"{fix}; the versions already installed are untouched"
-        ) from error
-
-
 def _is_whole(directory: Path, head: archive.Head) -> bool:
     try:
         installed = archive.read_head(directory)
@@ -392,17 +354,3 @@ def _is_whole(directory: Path, head: archive.Head) -> bool:
     except (AgentError, OSError):
         return False
     return installed.digest == head.digest
-
-
-def _lock(path: Path) -> int:
-    descriptor = os.open(str(path), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise Refused(
-            f"the store {path.parent} is in use",
-            "another edgekit-agent has it open",
-            "stop that agent, or talk to it through its control socket",
-        ) from error
-    return descriptor

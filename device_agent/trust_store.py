@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping
 
 from device_agent import durable
+from device_agent.disk import disk_errors
 from device_agent.errors import Refused
 from device_agent.ratchet import Floors
-from device_agent.store import disk_errors
 
 MAX_ROTATIONS = 256
 

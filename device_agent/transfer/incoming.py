@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Set, Tuple
 
 from device_agent import archive, durable, manifest
+from device_agent.disk import disk_errors
 from device_agent.errors import AgentError, Refused
 from device_agent.manifest import FileEntry
-from device_agent.store import disk_errors
 from device_agent.transfer.offer import ChunkedFile
 from device_agent.transfer.partial import Partial, allocated_bytes
 

@@ -24,8 +24,8 @@ from typing import Any, Awaitable, Callable, Dict, Mapping, Optional
 
 from device_agent import archive, manifest
 from device_agent.directory import MAX_SIGNATURE_BYTES
+from device_agent.disk import disk_errors
 from device_agent.errors import BadInput
-from device_agent.store import disk_errors
 from device_agent.transfer import offer
 from device_agent.transfer.incoming import Incoming
 from device_agent.transfer.offer import Chunk

@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
+from bundle_kit import graph, pack
 from onnx import TensorProto, helper
 
-from device_agent.manifest import Contract, Golden, Manifest, TensorSpec, Tolerance
 from edgekit import bundle, sign
 from edgekit.deploy import local
 from edgekit.errors import BadInput, DeviceRefused, Missing
@@ -29,35 +28,11 @@ def make_bundle(
     root: Path, factor: float, wrong: bool = False, version: int = 1, architecture: str = "x86_64"
 ) -> bundle.Bundle:
     """A bundle whose model multiplies by ``factor``; a wrong one has other golden outputs."""
-    staging = root / f"staging-{factor}-{wrong}"
-    staging.mkdir(parents=True)
     constant = helper.make_tensor("k", TensorProto.FLOAT, [1], [factor])
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 3]) for n in "xy"]
-    graph = helper.make_graph(
-        [helper.make_node("Mul", ["x", "k"], ["y"])], "scale", values[:1], values[1:], [constant]
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, staging / "model.onnx")
+    model = graph("scale", (3, 3), [helper.make_node("Mul", ["x", "k"], ["y"])], [constant])
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
-    np.savez(staging / "in.npz", x=x)
-    np.savez(staging / "out.npz", y=x * factor + wrong)
-    manifest = Manifest(
-        schema=1,
-        name="scale",
-        version=version,
-        profile="x86-cpu",
-        architecture=architecture,
-        graph="model.onnx",
-        precision="fp32",
-        inputs=(TensorSpec("x", "FP32", (-1, 3)),),
-        outputs=(TensorSpec("y", "FP32", (-1, 3)),),
-        max_batch_size=4,
-        files=(),
-        engines=(),
-        golden=Golden("in.npz", "out.npz", {"y": Tolerance(1e-5, 1e-5)}),
-        contract=Contract(),
-    )
-    return bundle.pack(staging, manifest, root / f"out-{factor}-{wrong}")
+    golden = (x, x * factor + wrong)
+    return pack(root, f"{factor}-{wrong}", model, golden, version=version, architecture=architecture)
 
 
 @pytest.fixture

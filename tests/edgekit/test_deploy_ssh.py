@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
+from bundle_kit import graph, pack
+from onnx import helper, numpy_helper
 from ssh_devices import ROOT, SSHD, WHY_SKIPPED, SshDevices
 
-from device_agent.manifest import Contract, Golden, Manifest, TensorSpec, Tolerance
-from edgekit import bundle, sign
+from edgekit import sign
 from edgekit.deploy import connection, fleet, inventory, payload, record, remote, rollout
 from edgekit.deploy.ssh import SshAddress, SshOptions
 from edgekit.errors import DeviceRefused, Missing
@@ -30,40 +29,18 @@ pytestmark = pytest.mark.skipif(SSHD is None, reason=WHY_SKIPPED)
 
 def make_bundle(home: Path, version: int, *, wrong: bool = False, rows: int = 100) -> Path:
     """A signed bundle of a body that every version shares, and a head of its own."""
-    staging = home / f"staging-{version}"
-    staging.mkdir()
     body = np.random.default_rng(0).standard_normal((3, rows * 1000)).astype(np.float32)
     head = np.random.default_rng(version).standard_normal((rows * 1000, 2)).astype(np.float32)[:, :1]
     head[100:] = 0
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "body"], ["h"]), helper.make_node("MatMul", ["h", "head"], ["y"])],
+    model = graph(
         "net",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 1])],
-        [onnx.numpy_helper.from_array(body, "body"), onnx.numpy_helper.from_array(head, "head")],
+        (3, 1),
+        [helper.make_node("MatMul", ["x", "body"], ["h"]), helper.make_node("MatMul", ["h", "head"], ["y"])],
+        [numpy_helper.from_array(body, "body"), numpy_helper.from_array(head, "head")],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, staging / "model.onnx")
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
-    np.savez(staging / "in.npz", x=x)
-    np.savez(staging / "out.npz", y=x @ body @ head + wrong * 1000)
-    manifest = Manifest(
-        schema=1,
-        name="net",
-        version=version,
-        profile="x86-cpu",
-        architecture="x86_64",
-        graph="model.onnx",
-        precision="fp32",
-        inputs=(TensorSpec("x", "FP32", (-1, 3)),),
-        outputs=(TensorSpec("y", "FP32", (-1, 1)),),
-        max_batch_size=4,
-        files=(),
-        engines=(),
-        golden=Golden("in.npz", "out.npz", {"y": Tolerance(1e-1, 1e-2)}),
-        contract=Contract(),
-    )
-    packed = bundle.pack(staging, manifest, home / f"out-{version}")
+    golden = (x, x @ body @ head + wrong * 1000)
+    packed = pack(home, str(version), model, golden, version=version, tolerance=5e-2)
     sign.sign(packed.archive, home / "release.key")
     return packed.archive
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+from bundle_kit import graph, pack
 from onnx import TensorProto, helper
 
-from device_agent.manifest import Contract, Golden, Manifest, TensorSpec, Tolerance
+from device_agent.manifest import Contract
 from edgekit import bundle, sign
 
 MODEL = "scale"
@@ -51,29 +52,17 @@ class Release:
         self, model: onnx.ModelProto, factor: float, version: int, contract: Contract | None = None
     ) -> bundle.Bundle:
         self._made += 1
-        staging = self._workdir / f"staging-{self._made}"
-        staging.mkdir()
-        onnx.save(model, staging / "model.onnx")
         x = np.arange(2 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
-        np.savez(staging / "in.npz", x=x)
-        np.savez(staging / "out.npz", y=x * factor)
-        manifest = Manifest(
-            schema=1,
-            name=MODEL,
+        golden = (x, x * factor)
+        made = pack(
+            self._workdir,
+            str(self._made),
+            model,
+            golden,
             version=version,
-            profile="x86-cpu",
             architecture=self._architecture,
-            graph="model.onnx",
-            precision="fp32",
-            inputs=(TensorSpec("x", "FP32", (-1, WIDTH)),),
-            outputs=(TensorSpec("y", "FP32", (-1, WIDTH)),),
-            max_batch_size=4,
-            files=(),
-            engines=(),
-            golden=Golden("in.npz", "out.npz", {"y": Tolerance(1e-4, 1e-4)}),
-            contract=contract or Contract(),
+            contract=contract,
         )
-        made = bundle.pack(staging, manifest, self._workdir / f"out-{self._made}")
         sign.sign(made.archive, self._private)
         return made
 
@@ -122,6 +111,4 @@ def _leaking_scale(factor: float) -> onnx.ModelProto:
 
 
 def _model(nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto]) -> onnx.ModelProto:
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", WIDTH]) for name in "xy"]
-    graph = helper.make_graph(nodes, MODEL, values[:1], values[1:], constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return graph(MODEL, (WIDTH, WIDTH), nodes, constants)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+# What other rooms' tests have already; last, since each room has a conftest.py.
+sys.path.extend(str(Path(__file__).parents[1] / room) for room in ("device_agent", "edgekit"))
 
 import roots
 from device import Device, MakeDevice, copy_root

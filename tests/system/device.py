@@ -13,7 +13,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from registry_kit import free_port
 
 _BOOT_TIMEOUT_S = 120.0
 _POLL_S = 0.1
@@ -243,13 +244,6 @@ def edgekit(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the host's command as its user would."""
     argv = [str(Path(sys.executable).parent / "edgekit"), *map(str, arguments)]
     return subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
-
-
-def free_port() -> int:
-    """A TCP port of the loopback address that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def copy_root(base: Path, target: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,6 @@ import pytest
 from bundles import MODEL, Release, request
 from device import Device, MakeDevice, edgekit
 from network import Network, private_network
-
-sys.path.append(str(Path(__file__).parents[1] / "device_agent"))  # last: it has a conftest.py too
-
 from registry_kit import Registry, needs_registry
 
 pytestmark = needs_registry
