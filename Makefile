@@ -52,7 +52,8 @@ test-agent:
 test-agent-%:
 	bash tests/device_agent/run.sh $*
 
-# Boots real devices; needs root, debootstrap, systemd-container and, for aarch64, qemu-user-static.
+# Boots real devices; needs root, debootstrap, systemd-container; for aarch64 qemu-user-static, for a registry
+# docker-registry and iproute2.
 test-system: setup
 	$(BIN)/pytest -q -s --timeout 3600 tests/system
 
