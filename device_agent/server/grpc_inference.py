@@ -118,7 +118,7 @@ class GrpcInference:
         try:
             answer.set_result(protocol.encode(request, self._service.outputs_of(name, job), final))
         except ProtocolError as error:
-            answer.set_exception(error)
+            answer.set_exception(without_frames(error))  # nobody may be left to take it
         except Exception:
             _log.exception("the answer of model %s could not be written", name)
             answer.set_exception(ProtocolError(500, INTERNAL_ERROR))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import weakref
 from pathlib import Path
-from typing import Any, Iterator, List
+from typing import Any, Callable, Iterator, List, Optional
 
 import grpc
 import numpy as np
@@ -12,6 +14,11 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from agent_testing import AgentProcess, identity, install, linear_bundle, write_bundle
+from device_agent.manifest import TensorSpec
+from device_agent.server.fields import ProtocolError
+from device_agent.server.grpc_inference import GrpcInference
+from device_agent.server.grpc_protocol import open_envelope
+from device_agent.server.interface import ModelInterface
 from device_agent.server.wire import delimited, tag, varint
 
 SETTINGS = "[grpc]\nenabled = true\nport = 0\n[limits]\nmax_body_bytes = 4194304\ndrain_timeout_s = 60\n"
@@ -142,3 +149,54 @@ def test_streams_cannot_keep_the_agent_from_stopping(agent: AgentProcess, channe
     assert service_pb2.ModelStreamInferResponse.FromString(next(call)).error_message == ""
     assert agent.stop() == 0  # waits for half of the time that a request may take
     call.cancel()
+
+
+class GoneModel:
+    """A double of the service: its one model's region is taken away before a request is answered."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        spec = (TensorSpec("x", "FP32", (-1, 8)),)
+        self.interface = ModelInterface("model", "1", spec, spec, max_batch_size=4)
+        self.regions = self
+        self.memory: Optional[np.ndarray] = memory
+        self.on_done: Optional[Callable[[Any], None]] = None
+
+    def find(self, name: str, version: Optional[str]) -> Any:
+        """The model."""
+        return self
+
+    def view(self, name: str, offset: int, byte_size: int) -> memoryview:
+        """The region."""
+        return memoryview(self.memory)[offset : offset + byte_size]  # type: ignore[arg-type]  # an array
+
+    def submit(self, model: Any, request: Any, on_done: Callable[[Any], None]) -> Callable[[], None]:
+        """Keep the request."""
+        self.on_done = on_done
+        return lambda: None
+
+    def outputs_of(self, name: str, job: Any) -> Any:
+        """Fail."""
+        raise ProtocolError(400, "the region is gone")
+
+
+def test_a_failure_that_nobody_waits_for_holds_no_shared_memory() -> None:
+    """Where a client vanished before it could be told of an error, its memory goes with it, at once."""
+
+    async def scenario() -> None:
+        memory = np.zeros(32, np.uint8)
+        held = weakref.ref(memory)
+        service = GoneModel(memory)
+        del memory
+        request = service_pb2.ModelInferRequest(model_name="model")
+        tensor = request.inputs.add(name="x", datatype="FP32", shape=[1, 8])
+        tensor.parameters["shared_memory_region"].string_param = "region"
+        tensor.parameters["shared_memory_byte_size"].int64_param = 32
+        inference = GrpcInference(service, lambda code: None)  # type: ignore[arg-type]  # the double
+        answer = inference.submit(open_envelope(request.SerializeToString()), final=False)
+        assert service.on_done is not None
+        service.on_done(None)
+        service.memory = service.on_done = None
+        assert held() is None
+        assert isinstance(answer.exception(), ProtocolError)
+
+    asyncio.run(scenario())
