@@ -100,7 +100,7 @@ def _figures(drops: Mapping[float, Mapping[str, list[float]]]) -> dict[str, Any]
 
 
 def _sources(work: Path, seed: int) -> Sources:
-    weights, calib, held_out = road._trained(seed, work / f"seed-{seed}", Progress())
+    weights, calib, held_out = road.trained(seed, work / f"seed-{seed}", Progress())
     model = load_model(road.MODEL, weights)
     data, judges = (load_data(str(path), None, model.inputs, seed) for path in (calib, held_out))
     return Sources(model, data, data, judges)

@@ -144,6 +144,9 @@ def _graphs(builder: _Builder, recipe: Recipe, size: float, latency_share: float
     """Add the steps up to the two graphs: the unchanged model's, and the one to make candidates from."""
     export = {"export": recipe.export.model_dump()}
     original = builder.add("export.original", "export", export, {})
+    if recipe.contract.latency is not None and builder.prunable:
+        settings = {"measured": builder.reachable, "threads": _threads(recipe)}
+        builder.add("staircase", "staircase", settings, {})
     if size == 1.0 and latency_share is None:
         return original, original
     pruned = _pruned(builder, recipe, size, latency_share)
@@ -156,9 +159,8 @@ def _pruned(builder: _Builder, recipe: Recipe, size: float, latency_share: float
     """Add pruning, and the measurements that steer it."""
     settings = {"prune": recipe.prune.model_dump(), "seed": recipe.seed}
     inputs = {}
-    if recipe.contract.latency is not None:
-        latency = {"measured": builder.reachable, "threads": _threads(recipe)}
-        inputs["latency"] = builder.add("staircase", "staircase", latency, {})
+    if latency_share is not None:
+        inputs["latency"] = "staircase"
     if recipe.prune.allocation == "sensitivity":
         sensitivity = {**settings, "threads": _threads(recipe)}
         inputs["sensitivity"] = builder.add("sensitivity", "sensitivity", sensitivity, {})
@@ -201,6 +203,7 @@ class _Builder:
     def __init__(self, sources: Sources, profile: Profile) -> None:
         self.steps: list[Step] = []
         self.reachable = measured_on_target(sources.device, profile)
+        self.prunable = sources.model.kind == "torch"
         self._sources = sources
         self._profile = profile
         self._made: dict[str, Step] = {}

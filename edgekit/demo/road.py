@@ -52,7 +52,7 @@ def drive(seed: int, out: Path, progress: Progress, say: Callable[[str], None]) 
     Raises:
         EdgekitError: as the commands that it stands for.
     """
-    weights, calib, held_out = _trained(seed, out / f"seed-{seed}", progress)
+    weights, calib, held_out = trained(seed, out / f"seed-{seed}", progress)
     overrides = {"seed": seed, "contract.max_drop": MAX_DROP, "release.name": "digits"}
     request = job.Request(
         MODEL, (PROFILE,), str(calib), weights, str(held_out), None, None, overrides, out / "bundle"
@@ -63,7 +63,7 @@ def drive(seed: int, out: Path, progress: Progress, say: Callable[[str], None]) 
     return report, served
 
 
-def _trained(seed: int, home: Path, progress: Progress) -> tuple[Path, Path, Path]:
+def trained(seed: int, home: Path, progress: Progress) -> tuple[Path, Path, Path]:
     """Weights and data files; trained once, and kept."""
     from safetensors.torch import save as serialized
 

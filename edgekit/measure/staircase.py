@@ -142,13 +142,18 @@ class LatencyModel:
     layers: Mapping[str, LayerTimes]
     how: str
 
+    @property
+    def full_ms(self) -> float:
+        """Of the unchanged model's layers, in fp32."""
+        return sum(layer.full_ms for layer in self.layers.values())
+
     def share(self, widths: Mapping[str, tuple[int, int]]) -> float:
         """Latency with some layers at other widths, as a share of the unchanged model's.
 
         Args:
             widths: module name -> (outputs, inputs); layers that are left out are whole.
         """
-        full = sum(layer.full_ms for layer in self.layers.values())
+        full = self.full_ms
         cut = sum(
             layer.ms(*widths[name]) if name in widths else layer.full_ms
             for name, layer in self.layers.items()

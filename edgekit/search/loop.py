@@ -16,7 +16,9 @@ from typing import Any
 
 from edgekit import profile
 from edgekit.artifact import Store
-from edgekit.plan import make_plan, measured_on_target
+from edgekit.measure import staircase
+from edgekit.measure.staircase import LatencyModel
+from edgekit.plan import Plan, make_plan, measured_on_target
 from edgekit.profile import Profile
 from edgekit.recipe import Contract, Recipe
 from edgekit.run import Progress, StageRecord, run_plan
@@ -65,10 +67,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Trial:
-    """A change of the recipe: dotted keys and their values."""
+    """A change of the recipe: dotted keys and their values; and how far below a latency bound to aim."""
 
     name: str
     changes: Mapping[str, Any]
+    margin_fraction: float = _MARGIN_FRACTION
 
 
 @dataclass(frozen=True)
@@ -91,14 +94,20 @@ def search(request: Request) -> Found:
     """
     worker = Worker(request)
     settings, begin = request.recipe.search, time.monotonic()
-    outcome = worker.outcome(FIRST)
+    outcome = _pick(worker, FIRST, request)
     for trial in _what_could_help(request.recipe):
         late = settings.budget_s is not None and time.monotonic() - begin > settings.budget_s
         if not outcome.unmet or "size" in outcome.unmet or len(worker.tried) >= settings.trials or late:
             break
-        if _could_help(trial, outcome):
-            outcome = worker.outcome(trial)
+        if _could_help(trial, outcome, worker.latency_share):
+            outcome = _pick(worker, trial, request)
     return Found(tuple(worker.tried), outcome, tuple(worker.records))
+
+
+def _pick(worker: Worker, trial: Trial, request: Request) -> Outcome:
+    """Carry a trial out, and pick among all candidates so far."""
+    worker.carry_out(trial)
+    return pick(worker.tried, request.contract, request.profile, request.sources.device)
 
 
 class Worker:
@@ -107,26 +116,34 @@ class Worker:
     Attributes:
         tried: those that were carried out in full.
         records: what each step cost, probes included.
+        latency_share: that the last one was pruned to; None: its pruning looked at the size only.
     """
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self.tried: list[Tried] = []
         self.records: list[StageRecord] = []
+        self.latency_share: float | None = None
 
-    def outcome(self, trial: Trial) -> Outcome:
-        """Carry a trial out, and pick among all candidates so far."""
-        request = self._request
-        self.tried.append(self._run(trial, self._latency_share(trial)))
-        return pick(self.tried, request.contract, request.profile, request.sources.device)
+    def carry_out(self, trial: Trial) -> Tried:
+        """Do all that a trial takes, probes first."""
+        self.latency_share = self._fitting_share(trial)
+        self.tried.append(self._run(trial, self.latency_share))
+        return self.tried[-1]
 
-    def _latency_share(self, trial: Trial) -> float | None:
-        """The share of the latency that pruning may leave for the fastest precision to meet the bound."""
+    def _fitting_share(self, trial: Trial) -> float | None:
+        """The share of the latency that pruning may leave for the fastest precision to meet the bound.
+
+        None where no latency is asked, or none can be measured, or the narrowest model misses the bound: then
+        nothing is gained by a model that is worse in every other respect.
+        """
         request, bound = self._request, self._request.contract.latency
-        on_target = measured_on_target(request.sources.device, request.profile)
-        if bound is None or not on_target or request.sources.model.kind != "torch":
+        if bound is None or request.sources.model.kind != "torch":
             return None
-        share, before = None, 2.0
+        latency = self._latency_model(trial)
+        if not measured_on_target(request.sources.device, request.profile):
+            return bound.ms / latency.full_ms if latency.full_ms > bound.ms else None  # as predicted, in fp32
+        share = None
         for number in range(1, _PROBES + 1):
             probe = Trial(f"{trial.name}, probe {number}", {**trial.changes, **_PROBE})
             probed = self._run(probe, share)
@@ -134,18 +151,37 @@ class Worker:
                 probed.ran.artifacts[measured].metadata["latency_ms"]["candidate"][bound.quantile]
                 for _, measured in probed.plan.candidates.values()
             )
-            left = probed.ran.artifacts["prune"].metadata["latency_share"] if probed.plan.pruned else 1.0
-            aim_ms = bound.ms * (1 - _MARGIN_FRACTION)
-            if fastest_ms <= aim_ms or left >= before:
-                break  # it fits, or no more can go
-            share, before = left * min(aim_ms / fastest_ms, 1 - _MARGIN_FRACTION), left
-        return share
+            left = 1.0
+            if probed.plan.pruned:
+                layers = probed.ran.artifacts["prune"].metadata["layers"]
+                left = latency.share({name: (outputs, inputs) for name, (outputs, inputs) in layers.items()})
+            aim_ms = bound.ms * (1 - trial.margin_fraction)
+            if fastest_ms <= aim_ms:
+                return share
+            if share is not None and left > share:
+                break  # no more can go
+            share = left * min(aim_ms / fastest_ms, 1 - _MARGIN_FRACTION)
+        return None
 
-    def _run(self, trial: Trial, latency_share: float | None) -> Tried:
+    def _latency_model(self, trial: Trial) -> LatencyModel:
+        request = self._request
+        plan = self._plan(trial, None)
+        alone = tuple(step for step in plan.steps if step.name == "staircase")
+        device = profile.shared(request.profile, request.further)
+        ran = run_plan(replace(plan, steps=alone), request.sources, device, request.store, request.progress)
+        self.records += [record for record in ran.records if not record.cached]
+        return staircase.from_json(ran.artifacts["staircase"].metadata)
+
+    def _plan(self, trial: Trial, latency_share: float | None) -> Plan:
         request = self._request
         recipe = changed(request.recipe, trial.changes)
         device = profile.shared(request.profile, request.further)
-        plan = make_plan(request.sources, device, recipe, request.metric, request.further, latency_share)
+        return make_plan(request.sources, device, recipe, request.metric, request.further, latency_share)
+
+    def _run(self, trial: Trial, latency_share: float | None) -> Tried:
+        request = self._request
+        plan = self._plan(trial, latency_share)
+        device = profile.shared(request.profile, request.further)
         ran = run_plan(plan, request.sources, device, request.store, request.progress)
         of = "" if trial == FIRST else f" ({trial.name})"
         again = {record.name for record in self.records} if of else set()
@@ -167,7 +203,9 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 
 def _what_could_help(recipe: Recipe) -> Iterator[Trial]:
-    """Against a loss of the metric, the cheaper first."""
+    """Against a latency that is missed by little, then against a loss of the metric, the cheaper first."""
+    if recipe.contract.latency is not None:
+        yield Trial("further below the latency", {}, 4 * _MARGIN_FRACTION)
     epochs = recipe.recover.epochs
     aware = {"recover.quantization_aware_epochs": max(1, epochs // 4)}
     if not recipe.recover.quantization_aware_epochs:
@@ -178,8 +216,13 @@ def _what_could_help(recipe: Recipe) -> Iterator[Trial]:
     yield Trial("four times the recovery", {"recover.epochs": 4 * epochs, **aware})
 
 
-def _could_help(trial: Trial, outcome: Outcome) -> bool:
-    """Training with rounding helps where INT8 alone loses what the float model does not."""
+def _could_help(trial: Trial, outcome: Outcome, latency_share: float | None) -> bool:
+    """Whether a trial aims at what is missed.
+
+    Training through rounding helps where INT8 alone loses what the float model does not.
+    """
+    if not trial.changes:
+        return set(outcome.unmet) == {"latency"} and latency_share is not None
     if set(trial.changes) != {"recover.quantization_aware_epochs"}:
         return "max_drop" in outcome.unmet
     fine = [c.precision for c in outcome.candidates if "max_drop" not in c.unmet]

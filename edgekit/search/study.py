@@ -53,12 +53,13 @@ def search_together(request: Request, url: str, trials: int) -> Found:
     worker = Worker(request)
 
     def objective(params: Params) -> float:
-        return cost(worker.outcome(trial_of(params, request)), request)
+        tried = worker.carry_out(trial_of(params, request))
+        return cost(pick([tried], request.contract, request.profile, request.sources.device), request)
 
     best = work(url, _name(request), trials, _space(request), objective)
     trial = trial_of(best, request)
     if not any(one.name == trial.name for one in worker.tried):
-        worker.outcome(trial)
+        worker.carry_out(trial)
     outcome = pick(worker.tried, request.contract, request.profile, request.sources.device)
     return Found(tuple(worker.tried), outcome, tuple(worker.records))
 

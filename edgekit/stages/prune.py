@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
         "alignment": examined.alignment,
         "latency_share": None if latency is None else _latency_share(examined, latency, widths),
         "latency_model": None if latency is None else latency.how,
+        "layers": _layers(examined, [name for name, _ in examined.structure.shapes], widths),
         "widths": _layer_widths(examined.module, pruned),
         "groups": {group.name: [group.width, widths[group.name]] for group in examined.structure.prunable},
         "kept_whole": {group.name: group.why for group in examined.structure.groups if not group.prunable},
@@ -122,19 +123,26 @@ def _by_sensitivity(
 
 
 def _latency_share(examined: Examined, latency: LatencyModel, widths: Mapping[str, int]) -> float:
+    return latency.share(_layers(examined, latency.layers, widths))
+
+
+def _layers(
+    examined: Examined, names: Iterable[str], widths: Mapping[str, int]
+) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of layers, by name; without those whose weights are shared with an earlier one."""
     structure = examined.structure
     lost = {group.name: group.width - widths.get(group.name, group.width) for group in structure.groups}
     layers = {}
-    for name in latency.layers:
+    for name in names:
         owner = (name, "weight")
-        if owner not in structure.shapes:
-            continue  # shared with another layer, under whose name it is
+        if len(structure.shapes.get(owner, ())) < 2:
+            continue
         sizes = [
             size - sum(share.indices * lost[share.group] for share in shares)
             for size, shares in zip(structure.shapes[owner], structure.shares[owner], strict=True)
         ]
         layers[name] = (sizes[0], sizes[1])
-    return latency.share(layers)
+    return layers
 
 
 def _layer_widths(original: nn.Module, pruned: nn.Module) -> dict[str, list[int]]:

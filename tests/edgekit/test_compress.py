@@ -67,6 +67,7 @@ def test_the_model_shrinks_to_the_contract_and_still_works(compressed: Compresse
     assert chosen["metric"]["value"] > 0.85
     assert compressed.document["contract"] == {
         "size": 0.35, "max_drop": None, "latency": None, "met": True, "unmet": [], "why": {},
+        "max_drop_certain": None, "binding": [],
     }  # fmt: skip
 
 
@@ -254,7 +255,7 @@ def test_an_unmet_contract_exits_3_and_writes_everything(
     assert "p95 is" in assert_three_lines(result, 3)
     document = result.json()
     jsonschema.validate(document, SCHEMA)
-    assert document["contract"]["unmet"] == ["latency"]
+    assert document["contract"]["unmet"] == document["contract"]["binding"] == ["latency"]
     assert bundle.inspect(tmp_path / "build.edgekit")["contract"]["met"] is False
     assert {"report.json", "report.html"} <= {path.name for path in tmp_path.iterdir()}
 
