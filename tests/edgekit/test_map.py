@@ -87,6 +87,33 @@ def test_perfect_boxes_score_one_and_none_score_zero() -> None:
     assert averages(np.zeros_like(exact), labels)[0] == pytest.approx(np.zeros(10))
 
 
+def test_its_interval_is_over_images() -> None:
+    """It holds the value and is narrower for more images; against itself a model loses nothing surely."""
+    widths = []
+    for repeats in (1, 8):
+        parts = [scenes(seed) for seed in range(repeats)]
+        detections, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        outputs = {"detections": detections}
+        score = accuracy.score("map", outputs, outputs, labels)
+        assert score.interval is not None
+        assert score.interval.low < score.value < score.interval.high
+        widths.append(score.interval.high - score.interval.low)
+    assert widths[1] < 0.6 * widths[0]
+    same = accuracy.drop("map", outputs, outputs, labels)
+    assert same is not None
+    assert (same.low, same.high) == (0, 0)
+
+
+def test_a_worse_detector_is_worse_for_certain() -> None:
+    """Losing every box of half of the images is a drop whose whole interval is above zero."""
+    detections, labels = scenes(5)
+    worse = detections.copy()
+    worse[::2, :, 4] = 0
+    lost = accuracy.drop("map", {"detections": worse}, {"detections": detections}, labels)
+    assert lost is not None
+    assert lost.low > 0
+
+
 def test_a_class_that_no_image_has_does_not_count() -> None:
     """Detections of a class without objects change nothing, as in COCO."""
     detections, labels = scenes(2)
