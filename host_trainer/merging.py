@@ -34,6 +34,8 @@ def merge(run: Path, out: Path, dtype: torch.dtype) -> adapter.Merged:
     config = configuration.parse(read_json(run / "config.json"), str(run / "config.json"))
     if config.lora is None:
         raise ConfigError(f"{run} trained no adapter", "its config has no section 'lora'", "give another run")
+    if not (run / "model" / adapter.CONFIG_FILE).is_file():
+        raise ConfigError(f"{run} is not finished", "it has no adapter yet", "let it train to its end")
     if out.exists():
         raise ConfigError(f"{out} exists", "a model is never mixed with what is there", "name a new one")
     model = models.load(config.model, config.seed)

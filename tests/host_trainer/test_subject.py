@@ -172,10 +172,11 @@ def test_contradictions_are_named(sections: dict[str, Any], key: str, tmp_path: 
 
 
 def test_a_run_without_an_adapter_has_nothing_to_merge(tmp_path: Path, base: Path) -> None:
-    """It is said, and nothing is written."""
-    config = _config(tmp_path, base, optimize={"epochs": 0, "batch_size": 16})
-    config.run.mkdir()
-    (config.run / "config.json").write_text(config.model_dump_json())
-    with pytest.raises(ConfigError, match="trained no adapter"):
-        merge(config.run, tmp_path / "out", torch.float32)
+    """Nor has one that is not finished; it is said, and nothing is written."""
+    for sections, what in (({}, "trained no adapter"), ({"lora": {}}, "is not finished")):
+        config = _config(tmp_path, base, **sections)
+        config.run.mkdir(exist_ok=True)
+        (config.run / "config.json").write_text(config.model_dump_json())
+        with pytest.raises(ConfigError, match=what):
+            merge(config.run, tmp_path / "out", torch.float32)
     assert not (tmp_path / "out").exists()
