@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from host_trainer import checkpoint, folder, subject
 from host_trainer.checkpoint import Snapshot, Store, agree
-from host_trainer.compilation import compiled
+from host_trainer.compilation import compile_forward
 from host_trainer.config import Config
 from host_trainer.data import Share, open_samples, open_training, share
 from host_trainer.errors import ConfigError, Diverged, TrainingError
@@ -95,7 +95,7 @@ class _Run:
             self._bar.alert(note)
         loss = self._subject.loss
         if config.precision.compile:
-            loss = compiled(self._subject.module, loss, self._bar.alert)
+            compile_forward(self._subject.module, self._bar.alert)
         settings = TrainSettings(
             epochs=optimize.epochs,
             learning_rate=optimize.learning_rate,
