@@ -27,12 +27,17 @@ def edits_between(original: nn.Module, changed: nn.Module) -> Edits:
 
     Args:
         original: the model before pruning.
-        changed: a copy of it, pruned in place: the same modules under the same names.
+        changed: a copy of it, rewritten (``edgekit.pruning.rewriting``) and pruned: the same modules under
+            the same names.
 
     Returns:
         Module name -> attribute -> new value (an int, a bool, or a list of ints).
     """
-    before = dict(original.named_modules())
+    import copy
+
+    from edgekit.pruning.rewriting import rewrite
+
+    before = dict(rewrite(copy.deepcopy(original)).named_modules())
     edits: Edits = {}
     for name, module in changed.named_modules():
         numbers = _numbers(module)
@@ -89,8 +94,10 @@ def load_into(model: nn.Module, directory: Path) -> nn.Module:
 
     from safetensors.torch import load_file
 
+    from edgekit.pruning.rewriting import rewrite
+
     edits = json.loads((directory / STRUCTURE_FILE).read_text())
-    apply_edits(model, edits, load_file(directory / WEIGHTS_FILE))
+    apply_edits(rewrite(model), edits, load_file(directory / WEIGHTS_FILE))
     return model.eval()
 
 

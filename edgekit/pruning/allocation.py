@@ -53,7 +53,22 @@ def globally(
 
     bound = size * structure.parameters({})
     removed = _first(len(ranked), lambda count: structure.parameters(widths(count)) <= bound)
-    return widths(removed), removed / len(ranked)
+    return _filled(structure, scores, widths(removed), bound, alignment), removed / len(ranked)
+
+
+def _filled(structure: Structure, scores: Scores, widths: Widths, bound: float, alignment: int) -> Widths:
+    """Give back what still fits, the most important first: one step of a wide group can be a large one."""
+    filled = dict(widths)
+    steps = []
+    for group in structure.prunable:
+        ordered = np.sort(scores[group.name])[::-1]
+        for kept in range(filled[group.name], group.width, group.step(alignment)):
+            wider = min(group.width, kept + group.step(alignment))
+            steps.append((float(ordered[kept:wider].mean()), group.name, kept, wider))
+    for _, name, kept, wider in sorted(steps, reverse=True):
+        if filled[name] == kept and structure.parameters({**filled, name: wider}) <= bound:
+            filled[name] = wider
+    return filled
 
 
 def uniformly(structure: Structure, size: float, *, max_layer_ratio: float, alignment: int) -> Widths:

@@ -31,8 +31,7 @@ def cut(model: nn.Module, structure: Structure, widths: Mapping[str, int], score
     gone = _gone(structure, widths, scores)
     if not gone:
         return copy.deepcopy(model)
-    count = 1 + max(int(axis.max()) for of in structure.axes.values() for axis in of if axis is not None)
-    stays = np.ones(count, bool)
+    stays = np.ones(structure.labels, bool)
     stays[np.concatenate(gone)] = False
     pruned = copy.deepcopy(model)
     modules = dict(pruned.named_modules(remove_duplicate=False))

@@ -1,8 +1,9 @@
 """Finds the groups of a model, and proves on a copy that they can be removed.
 
 Code may count on a size in ways that no operator shows. So all groups are cut at once on a copy, and the copy
-is run. Where it stops, the module that stopped gets its other numbers corrected; if that does not help, the
-channels that it met are pinned, with the error as the reason, and so are those of the modules of its class.
+is run. Where it stops, the module that stopped is repaired, and all modules of its class with it: its numbers
+are corrected; then axes of one size that it met are tied, since its code may take them for the same; and if
+neither helps, the channels that it met are pinned, with the error as the reason.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from edgekit import interrupt
 from edgekit.errors import BadInput
 from edgekit.pruning.cutting import cut
 from edgekit.pruning.structure import Structure, build
-from edgekit.pruning.trace import Trace, entered, tensors_in, trace
+from edgekit.pruning.trace import Sighting, Trace, entered, tensors_in, trace
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,6 +42,7 @@ def examine(model: nn.Module, example: tuple[Tensor, ...]) -> Structure:
         raise cannot_prune(f"its channels cannot be followed: {first_line(error)}") from error
     want = _shapes(model, example)
     renumbered: frozenset[str] = frozenset()
+    tied: set[str] = set()
     for _ in range(_MOST_REPAIRS):
         structure = build(found, renumbered)
         if not structure.prunable:
@@ -48,16 +50,17 @@ def examine(model: nn.Module, example: tuple[Tensor, ...]) -> Structure:
         stopped, why = _trial(model, structure, example, want)
         if why is None:
             return structure
-        renumbered = _repair(model, found, renumbered, stopped, why)
+        renumbered = _repair(model, found, renumbered, tied, stopped, why)
     raise cannot_prune(f"it still stops after {_MOST_REPAIRS} repairs: {why}")
 
 
 def _trial(
     model: nn.Module, structure: Structure, example: tuple[Tensor, ...], want: list[tuple[int, ...]]
 ) -> tuple[list[str], str | None]:
-    """Cut every group to half; the modules that ran when the copy stopped, outermost first, and why."""
+    """Cut every group, each by another share: the modules that ran when the copy stopped, and why."""
     path: list[str] = []
-    widths = {group.name: max(1, group.width // 2) for group in structure.prunable}
+    rng = np.random.default_rng(0)
+    widths = {group.name: max(1, int(group.width * rng.uniform(0.3, 0.9))) for group in structure.prunable}
     scores = {group.name: np.arange(group.width, dtype=np.float64) for group in structure.prunable}
     pruned = cut(model, structure, widths, scores)
     try:
@@ -72,18 +75,37 @@ def _trial(
 
 
 def _repair(
-    model: nn.Module, found: Trace, renumbered: frozenset[str], stopped: list[str], why: str
+    model: nn.Module, found: Trace, renumbered: frozenset[str], tied: set[str], stopped: list[str], why: str
 ) -> frozenset[str]:
-    """Correct more numbers of the modules of the class that stopped, else pin what they met."""
+    """Correct more numbers of the modules of the class that stopped, else tie, else pin what they met."""
     modules = dict(model.named_modules())
     path = [name for name in stopped if not _is_torch_layer(modules[name])] or [""]
     for name in reversed(path):
         alike = {other for other, module in modules.items() if type(module) is type(modules[name])}
         if not alike <= renumbered and any(found.sightings.get(other) for other in alike):
             return renumbered | alike
+        if not alike <= tied:
+            tied |= alike
+            changed = [_tie(found, other) for other in sorted(alike)]
+            if any(changed):
+                return renumbered
         if _pin(found, modules, alike, f"{type(modules[name]).__name__} needs its size: {why}"):
             return renumbered
     raise cannot_prune(why)
+
+
+def _tie(found: Trace, name: str) -> bool:
+    """Tie the axes of one size that a module met, index by index; whether any were apart."""
+    apart = False
+    by_size: dict[int, list[Sighting]] = {}
+    for seen in found.sightings.get(name, ()):
+        by_size.setdefault(seen.size, []).append(seen)
+    for first, *others in by_size.values():
+        for other in others:
+            if not np.array_equal(found.labels.roots(first.labels), found.labels.roots(other.labels)):
+                found.labels.tie(first.labels, other.labels)
+                apart = True
+    return apart
 
 
 def _pin(found: Trace, modules: dict[str, nn.Module], names: set[str], why: str) -> bool:

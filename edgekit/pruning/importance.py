@@ -81,8 +81,7 @@ def _summed(
     structure: Structure, axes_of: Callable[[Owner], set[int] | None], values: Values
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Sum the values of all that each slot has on some axes (None: all) of the parameters."""
-    count = 1 + max(int(axis.max()) for of in structure.axes.values() for axis in of if axis is not None)
-    total = np.zeros(count)
+    total = np.zeros(structure.labels)
     for owner, value in values.items():
         chosen = axes_of(owner)
         for number, axis in enumerate(structure.axes[owner]):

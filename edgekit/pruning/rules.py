@@ -73,13 +73,14 @@ def _broadcast(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]) 
     made = []
     for back in range(1, len(shape) + 1):
         meeting = [axes[-back] for axes, size in known if len(size) >= back and size[-back] == shape[-back]]
-        made.append(tracer.tie(meeting, shape[-back]) if meeting else PLAIN)
+        made.append(tracer.meet(meeting, shape[-back]) if meeting else PLAIN)
     return tuple(reversed(made))
 
 
 @_rule("copy", "masked_fill", "where", "dropout", "native_dropout", "bernoulli", "fill", "zero", "lerp")
 @_rule("addcmul", "addcdiv", "lift_fresh", "clamp", "_to_copy", "clone", "detach", "alias", "contiguous")
-@_rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "_prelu_kernel")
+@_rule("empty_like", "rand_like", "randn_like", "_prelu_kernel")
+@_rule("hardswish", "gelu", "relu6", "mish", "threshold", "rrelu_with_noise", "floor_divide")
 def _same(tracer: Tracer, call: Call) -> Any:
     return _pointwise(tracer, call)
 
@@ -385,12 +386,36 @@ def _split(tracer: Tracer, call: Call) -> Any:
     return made
 
 
+@_rule("glu")
+def _glu(tracer: Tracer, call: Call) -> Any:
+    """One half gates the other."""
+    tensor = call.tensors()[0]
+    axes = list(tracer.axes(tensor))
+    along = _wrap(int(call.arguments["dim"]), tensor.dim())
+    labels = axes[along].labels
+    if labels is not None:
+        halves = labels.reshape(2, -1)
+        tracer.labels.tie(halves[0], halves[1])
+        axes[along] = Axis(halves[0])
+    return [tuple(axes)]
+
+
 @_rule("slice", "narrow")
 def _slice(tracer: Tracer, call: Call) -> Any:
     tensor = call.tensors()[0]
     axes = list(tracer.axes(tensor))
     along = _wrap(int(call.arguments["dim"]), tensor.dim())
-    if call.result.shape[along] != tensor.shape[along]:
+    size, length = tensor.shape[along], call.result.shape[along]
+    start, labels = int(call.arguments.get("start") or 0), axes[along].labels
+    if length == size:
+        return [tuple(axes)]
+    tracer.splits.spoils(axes[along])
+    parts = length and size % length == 0 and start % length == 0 and call.arguments.get("step", 1) == 1
+    if labels is not None and parts:  # a half, a third...
+        rows = labels.reshape(-1, length)
+        tracer.labels.tie(rows, rows[:1])
+        axes[along] = Axis(rows[start // length])
+    else:
         tracer.pin(axes[along], "the code takes a part of it")
         axes[along] = PLAIN
     return [tuple(axes)]
@@ -538,8 +563,14 @@ def _masked(tracer: Tracer, call: Call, axes: Axes) -> Any:
 # ---------------------------------------------------------------- the rest
 
 
-@_rule("arange", "zeros", "ones", "full", "empty", "scalar_tensor", "rand", "randn", "eye", "linspace")
-@_rule("new_zeros", "new_ones", "new_empty", "new_full", "empty_strided", "new_empty_strided", "randint")
+@_rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+def _blank(tracer: Tracer, call: Call) -> Any:
+    """Zeros fit any channels, but only as many at a time: all that meet them are tied."""
+    return [tuple(Axis(tracer.labels.fresh(size)) if size > 1 else PLAIN for size in call.result.shape)]
+
+
+@_rule("arange", "empty", "scalar_tensor", "rand", "randn", "eye", "linspace")
+@_rule("new_empty", "empty_strided", "new_empty_strided", "randint")
 @_rule("_local_scalar_dense", "equal", "is_nonzero", "_assert_async", "_assert_tensor_metadata", "item")
 @_rule("set", "resize", "randperm", "lift", "sym_size", "_assert_scalar")
 def _nothing(tracer: Tracer, call: Call) -> Any:

@@ -73,6 +73,7 @@ class Structure:
 
     Attributes:
         groups: in the order of the model's layers.
+        labels: number of labels; slots are numbered below it.
         slots: prunable group -> the roots of its slots, in the order of its first layer's channels.
         axes: (module, attribute) of each parameter and buffer -> the slot of each index of each axis, int64.
         shapes: (module, attribute) of each parameter -> its shape; shared ones under their first name only.
@@ -83,6 +84,7 @@ class Structure:
     """
 
     groups: tuple[Group, ...]
+    labels: int
     slots: Mapping[str, Array]
     axes: Mapping[Owner, tuple[Array | None, ...]]
     shapes: Mapping[Owner, tuple[int, ...]]
@@ -95,6 +97,10 @@ class Structure:
     def prunable(self) -> tuple[Group, ...]:
         """The groups that may lose slots."""
         return tuple(group for group in self.groups if group.prunable)
+
+    def group(self, name: str) -> Group:
+        """The group of that name."""
+        return next(group for group in self.groups if group.name == name)
 
     def parameters(self, widths: Mapping[str, int]) -> int:
         """Parameters of the model when these groups keep so many slots, and the others all."""
@@ -174,7 +180,7 @@ def build(trace: Trace, renumbered: frozenset[str] = frozenset()) -> Structure:
         )
         for owner in shapes
     }
-    return Structure(made_groups, slots, axes, shapes, shares, reads, sightings, renumbered)
+    return Structure(made_groups, len(roots), slots, axes, shapes, shares, reads, sightings, renumbered)
 
 
 def _kinds(count: int, axes: Mapping[Owner, tuple[Array | None, ...]]) -> Array:

@@ -102,22 +102,26 @@ class Tracer:
         if len(axes) != tensor.dim():
             raise ValueError(f"{len(axes)} axes for a tensor of {tensor.dim()}")
         if id(tensor) in self.sources or hasattr(tensor, _ATTRIBUTE):
+            before = self.axes(tensor)
             axes = [
-                self.tie((old, new), size)
-                for old, new, size in zip(self.axes(tensor), axes, tensor.shape, strict=True)
+                self.tie((old, new), size) for old, new, size in zip(before, axes, tensor.shape, strict=True)
             ]
         setattr(tensor, _ATTRIBUTE, tuple(axes))
 
+    def meet(self, axes: Sequence[Axis], size: int) -> Axis:
+        """Axes that meet index by index in a sum: what meets constants cannot carry a split's labels."""
+        if size > 1 and any(axis.labels is None and not axis.places for axis in axes):
+            for axis in axes:
+                self.splits.spoils(axis)
+        return self.tie(axes, size)
+
     def tie(self, axes: Sequence[Axis], size: int) -> Axis:
-        """Axes of the same size that meet index by index."""
+        """Axes of the same size that stand or fall together, index by index."""
         if size == 1:
             return PLAIN
         places = frozenset().union(*(axis.places for axis in axes))
         carriers = [axis.labels for axis in axes if axis.labels is not None]
         plain = [axis for axis in axes if axis.labels is None]
-        if any(not axis.places for axis in plain):
-            for axis in axes:
-                self.splits.spoils(axis)
         if not carriers:
             return Axis(None, places)
         for other in carriers[1:]:

@@ -23,7 +23,7 @@ class Examined:
     """A model that was looked at.
 
     Attributes:
-        module: as it is.
+        module: as it is, but for what is rewritten before pruning.
         structure: its groups.
         scores: of their slots.
         alignment: products stay multiples of so many channels wide.
@@ -57,8 +57,10 @@ def examine(inputs: Inputs, settings: Prune, seed: int, profile: Profile) -> Exa
     """
     import torch
 
+    from edgekit.pruning.rewriting import rewrite
+
     model = inputs.sources.model
-    module = model.module()
+    module = rewrite(model.module())
     example = tuple(torch.from_numpy(array) for array in model.example(2).values())
     structure = pruning.examine(module, example)
     inputs.tick(1, 3)

@@ -63,7 +63,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     if "model" in inputs.artifacts:
         module = surgery.load_into(module, inputs.artifacts["model"].path)
     opset = min(config.export.opset or PREFERRED_OPSET, profile.highest_opset)
-    exporter, why = _export(module, model, opset, path)
+    exporter, why = export_module(module, model, opset, path)
     facts = graph_facts.read(path, model.example(1))
     return {"exporter": exporter, "why": why, **facts.as_json(), "params": parameter_count(module)}
 
@@ -74,7 +74,7 @@ def portable(model: Model, path: Path) -> None:
     Raises:
         BadInput: as ``run``.
     """
-    _export(model.module(), model, PREFERRED_OPSET, path)
+    export_module(model.module(), model, PREFERRED_OPSET, path)
 
 
 def _take_over(model: Model, path: Path, profile: Profile) -> dict[str, Any]:
@@ -95,8 +95,12 @@ def _take_over(model: Model, path: Path, profile: Profile) -> dict[str, Any]:
     return graph_facts.read(path, model.example(1)).as_json()
 
 
-def _export(module: nn.Module, model: Model, opset: int, path: Path) -> tuple[str, str | None]:
-    """Try the two paths in order; say which one worked, and why not the first."""
+def export_module(module: nn.Module, model: Model, opset: int, path: Path) -> tuple[str, str | None]:
+    """Write a module's graph: try the two paths in order; say which one worked, and why not the first.
+
+    Raises:
+        BadInput: neither gives a graph that answers as the module does.
+    """
     failures = []
     for name, export in (("dynamo", _dynamo), ("torchscript", _torchscript)):
         try:

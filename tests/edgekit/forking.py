@@ -22,7 +22,6 @@ def import_everything() -> None:
     import onnx  # noqa: F401
     import onnxruntime  # noqa: F401
     import torch
-    import torch_pruning  # noqa: F401
 
     from edgekit.stages.registry import STAGES
 

@@ -1,0 +1,211 @@
+"""One model of the zoo from end to end, in a process of its own; prints one line of JSON.
+
+    python -m benchmarks.zoo_worker NAME
+
+Prune to 0.35, export (two paths, proven at batches 1 and 3), INT8, ONNX Runtime at batches 1 and 3, and a
+TensorRT-RTX build of both graphs for SM89, which needs no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZE = 0.35
+ALIGNMENT = 8
+MAX_LAYER_RATIO = 0.95
+OPSET = 18
+CALIBRATION_SAMPLES = 8
+BATCHES = (1, 3)
+
+
+class Account:
+    """What is known so far; printed at every step, so that a killed process says where it was."""
+
+    def __init__(self, name: str) -> None:
+        self.facts: dict[str, Any] = {"model": name, "step": "start", "seconds": {}}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time a step."""
+        self.facts["step"] = name
+        self.write()
+        began = time.perf_counter()
+        yield
+        self.facts["seconds"][name] = round(time.perf_counter() - began, 2)
+
+    def write(self) -> None:
+        """Print the line."""
+        print(json.dumps(self.facts), flush=True)
+
+
+def main() -> None:
+    """Run the model that is named on the command line."""
+    warnings.simplefilter("ignore")
+    account = Account(sys.argv[1])
+    try:
+        _run(account)
+        account.facts["step"] = "done"
+    except Exception as error:  # every failure becomes its one-line reason
+        text = " ".join(str(error).split())
+        account.facts["why"] = f"{type(error).__name__}: {text}"[:400]
+    account.write()
+
+
+def _run(account: Account) -> None:
+    import torch
+
+    from benchmarks.zoo_models import subjects
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    subject = subjects()[account.facts["model"]]
+    account.facts["kind"] = subject.kind
+    with account.step("build"):
+        torch.manual_seed(0)
+        module = subject.build().eval()
+        _set_statistics(module, subject)
+    with account.step("prune"):
+        pruned = _prune(account, module, subject)
+        _set_statistics(pruned, subject)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "model.onnx"
+        with account.step("export"):
+            account.facts["exporter"], account.facts["not_dynamo"] = _export(pruned, subject, path)
+        with account.step("int8"):
+            int8, tensorrt = _quantize(account, subject, path)
+        with account.step("tensorrt-rtx fp32"):
+            _build_engine(path.read_bytes())
+        with account.step("tensorrt-rtx int8"):
+            _build_engine(tensorrt)
+        del int8
+
+
+def _set_statistics(module: Any, subject: Any) -> None:
+    """BatchNorm statistics of random weights are far from what the network sees: measure them."""
+    from host_trainer.batchnorm import recalibrate
+
+    batch = tuple(subject.example(8, seed=1).values())
+    recalibrate(module, [batch], lambda m, b: m(*b))
+
+
+def _prune(account: Account, module: Any, subject: Any) -> Any:
+    from edgekit import pruning
+    from edgekit.modules import parameter_count
+    from edgekit.pruning.rewriting import rewrite
+
+    whole = parameter_count(module)
+    rewrite(module)
+    structure = pruning.examine(module, tuple(subject.example(2).values()))
+    scores = pruning.scores_of(module, structure, "magnitude", (), 0)
+    least = {group.name: 0 for group in structure.prunable}
+    account.facts["prunable"] = round(1 - structure.parameters(least) / structure.parameters({}), 4)
+    account.facts["kept_whole"] = {group.name: group.why for group in structure.groups if group.why}
+    widths, _ = pruning.globally(
+        structure, scores, SIZE, max_layer_ratio=MAX_LAYER_RATIO, alignment=ALIGNMENT
+    )
+    pruned = pruning.cut(module, structure, widths, scores)
+    account.facts["params"] = whole
+    account.facts["ratio"] = round(parameter_count(pruned) / whole, 4)
+    return pruned
+
+
+def _export(module: Any, subject: Any, path: Path) -> tuple[str, str | None]:
+    import torch
+
+    from device_agent.manifest import TensorSpec
+    from edgekit.models import Model
+    from edgekit.stages.export import export_module
+    from edgekit.tensors import protocol_dtype
+
+    def example(batch: int, _length: int) -> dict[str, Any]:
+        return {name: tensor.numpy() for name, tensor in subject.example(batch).items()}
+
+    with torch.no_grad():
+        answer = module(*subject.example(2).values())
+    outputs = [answer] if isinstance(answer, torch.Tensor) else list(answer)
+    model = Model(
+        kind="torch",
+        name=subject.name,
+        digest="",
+        inputs=tuple(
+            TensorSpec(name, protocol_dtype(array.dtype), (-1, *array.shape[1:]))
+            for name, array in example(1, 0).items()
+        ),
+        outputs=tuple(
+            TensorSpec(f"output_{i}", protocol_dtype(t.numpy().dtype), (-1, *t.shape[1:]))
+            for i, t in enumerate(outputs)
+        ),
+        path=None,
+        preprocess=None,
+        _examples=example,
+    )
+    return export_module(module, model, OPSET, path)
+
+
+def _quantize(account: Account, subject: Any, path: Path) -> tuple[bytes, bytes]:
+    import onnx
+    import onnxruntime as ort
+
+    from calibration import calibrate, quantize
+
+    graph = onnx.load(str(path))
+    samples = [
+        {name: tensor.numpy() for name, tensor in subject.example(1, seed=10 + i).items()}
+        for i in range(CALIBRATION_SAMPLES)
+    ]
+    scales = calibrate(graph, samples, threads=2)
+    quantized = quantize(graph, scales)
+    account.facts["quantized"] = len(quantized.report.quantized)
+    int8 = quantized.model.SerializeToString()
+    cosines = []
+    sessions = [ort.InferenceSession(g, providers=["CPUExecutionProvider"]) for g in (str(path), int8)]
+    for batch in BATCHES:
+        feed = {name: tensor.numpy() for name, tensor in subject.example(batch, seed=99).items()}
+        want, got = (session.run(None, feed) for session in sessions)
+        cosines += [_cosine(a, b) for a, b in zip(want, got, strict=True)]
+    account.facts["cosine"] = round(min(cosines), 5)
+    return int8, quantize(graph, scales, "tensorrt").model.SerializeToString()
+
+
+def _cosine(a: Any, b: Any) -> float:
+    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("an output is not finite")
+    length = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / length if length else 1.0
+
+
+def _build_engine(graph: bytes) -> None:
+    import tensorrt_rtx as trt
+
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph):
+        raise ValueError(f"the parser refuses it: {parser.get_error(0).desc()}")
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        sizes = ([size if known < 0 else known for known in tensor.shape] for size in (1, 3, 8))
+        profile.set_shape(tensor.name, *sizes)
+    config.add_optimization_profile(profile)
+    if builder.build_serialized_network(network, config) is None:
+        raise ValueError("the builder makes no engine")
+
+
+if __name__ == "__main__":
+    main()
