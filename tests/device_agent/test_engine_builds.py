@@ -153,6 +153,7 @@ def test_the_old_version_serves_while_the_new_ones_engine_is_built(
         ("build-dies", "signal 9 (SIGKILL)"),
         ("wrong-numbers", "failed its self-test"),
         ("no-memory", "out of memory"),
+        ("rows=1", "cannot have the shape [2, 8]"),
     ],
 )
 def test_without_an_engine_onnxruntime_serves_and_says_why(

@@ -6,8 +6,8 @@ ONNX Runtime computes, from the same addresses. An "engine" is a line of JSON an
 TensorRT does is shown on a GPU, by ``benchmarks/gpu/agent_tensorrt.py``.
 
 ``RECORDING_TENSORRT`` in the environment says how it behaves, in words: ``version=10.3.0``, ``sm=72``,
-``build-seconds=5``, ``build-fails``, ``build-dies``, ``build-hoards``, ``wrong-numbers``, ``no-memory``,
-``no-graphs``.
+``rows=4`` (the largest batch), ``integrated``, ``build-seconds=5``, ``build-fails``, ``build-dies``,
+``build-hoards``, ``wrong-numbers``, ``no-memory``, ``no-graphs``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _WORDS = {
     for name, _, value in (word.partition("=") for word in os.environ.get("RECORDING_TENSORRT", "").split())
 }
 __version__ = _WORDS.get("version", "8.5.2.2")
+_MOST = int(_WORDS.get("rows", "8"))  # of a batch
 calls: List[str] = []
 
 
@@ -343,7 +344,8 @@ class Engine:
         return tuple(size if isinstance(size, int) else -1 for size in self._nodes[name].shape)
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> List[Tuple[int, ...]]:
-        return [tuple(size if size > 0 else n for size in self.get_tensor_shape(name)) for n in (1, 4, 8)]
+        shape = self.get_tensor_shape(name)
+        return [tuple(size if size > 0 else rows for size in shape) for rows in (1, _MOST, _MOST)]
 
     def create_execution_context(self) -> Context:
         return Context(self)
