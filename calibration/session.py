@@ -12,6 +12,26 @@ from calibration.graph import Array, array, read_names
 from calibration.storage import Detached, detach
 
 _ERRORS_ONLY = 4
+_NO_SATURATION = "session.x64quantprecision"
+
+
+def exact_session(model: bytes | str, options: ort.SessionOptions) -> ort.InferenceSession:
+    """A session on the CPU whose 8-bit products do not saturate.
+
+    x86 processors without VNNI add two u8 x s8 products in 16 bits. ONNX Runtime can take other kernels there
+    for weights of more than seven bits (onnxruntime_session_options_config_keys.h); on other processors the
+    setting changes nothing. It fails where two operators share a weight: those keep the usual kernels.
+
+    Args:
+        model: the model, or the path of its file.
+        options: of the session; changed.
+    """
+    options.add_session_config_entry(_NO_SATURATION, "1")
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception:  # ONNX Runtime's errors share no base class below Exception
+        options.add_session_config_entry(_NO_SATURATION, "0")
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def open_session(model: ModelProto | Detached, threads: int = 0) -> ort.InferenceSession:
@@ -36,9 +56,7 @@ def open_session(model: ModelProto | Detached, threads: int = 0) -> ort.Inferenc
     if detached.is_large:  # packing keeps each weight a second time
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        return ort.InferenceSession(
-            detached.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        return exact_session(detached.model.SerializeToString(), options)
     except Exception as error:  # ONNX Runtime's errors share no base class below Exception
         raise CalibrationError(
             "ONNX Runtime cannot load the model",
@@ -77,5 +95,5 @@ def run_node(model: ModelProto, node: NodeProto, inputs: Mapping[str, Array]) ->
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(single.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = exact_session(single.SerializeToString(), options)
     return dict(zip(names, session.run(names, {}), strict=True))

@@ -22,6 +22,7 @@ import numpy as np
 import onnxruntime
 
 from device_agent.engines import external_data
+from device_agent.engines.onnxruntime import exact_session
 from device_agent.errors import AgentError, BadInput, Refused
 
 _MAX_LINE_BYTES = 1 << 20
@@ -96,7 +97,7 @@ def _opened(graph: Path, inputs: Path, threads: int) -> Tuple[Any, Feed]:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     external_data.check(graph)
     try:
-        session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        session = exact_session(graph, options, ["CPUExecutionProvider"])
     except Exception as error:  # as above
         raise _not_run(error) from error
     try:

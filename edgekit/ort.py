@@ -34,6 +34,8 @@ class Session:
         """
         import onnxruntime
 
+        from calibration.session import exact_session
+
         onnxruntime.set_default_logger_severity(3)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or default_threads()
@@ -47,7 +49,7 @@ class Session:
             options.profile_file_prefix = str(profile_prefix)
         try:
             source = str(graph) if isinstance(graph, Path) else graph
-            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            self._session = exact_session(source, options)
         except Exception as error:  # ONNX Runtime's own exceptions share no base class
             name = graph.name if isinstance(graph, Path) else "the graph"
             raise BadInput(

@@ -15,6 +15,7 @@ from accuracy import cache
 from accuracy.case import Array, Case, Data, Feed, Outputs
 from accuracy.judging import paired_error
 from accuracy.tools import TOOLS, Result, ToolFailed, applies
+from calibration.session import exact_session
 
 _THREADS = 1
 
@@ -102,6 +103,6 @@ def run(graph: Path, feeds: Sequence[Feed]) -> list[Array]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = _THREADS
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    session = exact_session(str(graph), options)
     parts = [session.run(None, dict(feed)) for feed in feeds]
     return [np.concatenate(part) for part in zip(*parts, strict=True)]

@@ -44,6 +44,7 @@ _DTYPES = {
     "tensor(string)": "BYTES",
 }
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
+_NO_SATURATION = "session.x64quantprecision"
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 CARRIES_BFLOAT16 = hasattr(onnxruntime.OrtValue, "ortvalue_from_numpy_with_onnx_type")
 
@@ -88,9 +89,7 @@ def open_graph(path: Path, settings: EngineSettings) -> Engine:
         external_data.check(path)
         before = threads_of(os.getpid())
         with placed(settings.placement):  # the session's threads inherit it
-            session = onnxruntime.InferenceSession(
-                str(path), sess_options=_options(settings), providers=_providers()
-            )
+            session = exact_session(path, _options(settings), _providers())
             policy = "" if settings.placement.numa_node is None else policy_of_thread()
         started = threads_of(os.getpid()) - before
         return OnnxRuntimeEngine(session, frozenset(started - _threads_of_python()), policy)
@@ -100,6 +99,21 @@ def open_graph(path: Path, settings: EngineSettings) -> Engine:
             _first_line(error),
             "make the bundle again for this device's profile",
         ) from error
+
+
+def exact_session(path: Path, options: Any, providers: List[str]) -> Any:
+    """A session whose 8-bit products do not saturate.
+
+    x86 processors without VNNI add two u8 x s8 products in 16 bits. ONNX Runtime can take other kernels there
+    for weights of more than seven bits (onnxruntime_session_options_config_keys.h); on other processors the
+    setting changes nothing. It fails where two operators share a weight: those keep the usual kernels.
+    """
+    options.add_session_config_entry(_NO_SATURATION, "1")
+    try:
+        return onnxruntime.InferenceSession(str(path), sess_options=options, providers=providers)
+    except _LOAD_ERRORS:
+        options.add_session_config_entry(_NO_SATURATION, "0")
+        return onnxruntime.InferenceSession(str(path), sess_options=options, providers=providers)
 
 
 def _threads_of_python() -> Set[int]:

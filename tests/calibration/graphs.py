@@ -10,6 +10,8 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from calibration.session import exact_session
+
 Array = npt.NDArray[np.generic]
 
 
@@ -112,6 +114,6 @@ def run(model: ModelProto, feed: Mapping[str, Array]) -> list[Array]:
     """The outputs of a model in ONNX Runtime with its default optimizations."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = exact_session(model.SerializeToString(), options)
     outputs: list[Array] = session.run(None, dict(feed))
     return outputs

@@ -17,6 +17,7 @@ import pytest
 from conftest import Compressed
 from host_testing import HERE, RECIPE, Forker, TinyModel, assert_three_lines
 
+from calibration.session import exact_session
 from calibration.tensorrt_cache import read_cache
 from device_agent.manifest import read
 from edgekit import bundle
@@ -85,7 +86,7 @@ def test_what_was_measured_is_what_is_in_the_bundle(compressed: Compressed, tiny
     graph = Path(compressed.document["bundle"]["path"]) / "model.onnx"
     chosen = compressed.document["chosen"]
     assert graph.stat().st_size == chosen["size_bytes"]
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    session = exact_session(str(graph), onnxruntime.SessionOptions())
     with np.load(tiny.eval) as data:
         logits = session.run(None, {"image": data["image"]})[0]
         right = logits.argmax(1) == data["labels"]
@@ -100,8 +101,8 @@ def test_both_forms_of_the_bundle_open_and_name_one_digest(compressed: Compresse
         with bundle.open_bundle(Path(form)) as opened:
             assert opened.digest == compressed.document["bundle"]["digest"]
             golden = opened.manifest.golden
-            session = onnxruntime.InferenceSession(
-                opened.directory / opened.manifest.graph, providers=["CPUExecutionProvider"]
+            session = exact_session(
+                str(opened.directory / opened.manifest.graph), onnxruntime.SessionOptions()
             )
             with np.load(opened.directory / golden.inputs) as inputs:
                 got = session.run(None, dict(inputs))
