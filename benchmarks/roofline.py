@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import onnx
 from common import document, finish, parse_options
+from onnx import numpy_helper
 
 # Beside this script is a calibration.py: look for the package of that name elsewhere.
 sys.path.remove(str(Path(__file__).resolve().parent))
@@ -91,12 +92,27 @@ def graphs(quick: bool) -> Iterator[tuple[str, onnx.ModelProto, dict[str, Any]]]
     """Name, graph, and an input of batch 1."""
     files = sorted(LIGHT.glob("light_*.onnx"), key=lambda path: path.name)
     for path in [LIGHT / "light_squeezenet.onnx"] if quick else files:
-        model = onnx.load(str(path))
+        model = _with_weights(onnx.load(str(path)))
         yield path.stem.removeprefix("light_"), model, _input(model)
     for factor in (1.0, 0.5, 0.25):
         yield f"digits x {factor:g}", *_digits(factor)
     if not quick:
         yield "text encoder", *_text_encoder()
+
+
+def _with_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Noise for the weights that the file only describes; ONNX Runtime would make them anew at each run."""
+    random = np.random.default_rng(0)
+    shapes = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    described = [
+        node for node in model.graph.node if node.op_type == "ConstantOfShape" and node.input[0] in shapes
+    ]
+    for node in described:
+        shape = shapes[node.input[0]].tolist()
+        weights = 0.01 * random.normal(size=shape).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(weights, node.output[0]))
+        model.graph.node.remove(node)
+    return model
 
 
 def _input(model: onnx.ModelProto) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Latency predicted from a profile's figures, for a device that cannot be reached.
 
 An operator takes as long as its arithmetic or its traffic does, whichever is longer (Williams, Waterman and
-Patterson, "Roofline", CACM 2009), at the shares of the peaks that real kernels reach, plus the time to start
-it. Those shares, and how far a prediction may be off, were measured on the CPU profiles
-(``benchmarks/roofline.py``); for any other device they are an assumption, so a prediction is a range.
+Patterson, "Roofline", CACM 2009), at the shares of the peaks that kernels reach, plus the time to start it.
+Those shares, and how far a prediction may be off, are estimates; ``benchmarks/roofline.py`` holds them
+against measurements on a CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHORT_SUM = 32
 _BANDWIDTH_FRACTION = 0.5
 #: To start one operator.
 _START_MS = {"cpu": 0.004, "gpu": 0.005}
-#: Measured over predicted latency lies between these for nine in ten graphs on the CPU profiles.
+#: A measured latency is expected between these multiples of the predicted one: an estimate.
 ERROR_FACTORS = (0.5, 2.0)
 
 
@@ -33,7 +33,7 @@ class Prediction:
 
     Attributes:
         value_ms: the prediction.
-        low_ms, high_ms: where nine in ten measurements would lie, as far as CPU profiles tell.
+        low_ms, high_ms: where a measurement is expected.
         how: by what it was predicted.
     """
 

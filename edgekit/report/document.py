@@ -175,7 +175,7 @@ class GroupSensitivity(_Frozen):
 
 
 class PredictedLatency(_Frozen):
-    """A latency that nobody measured: nine in ten would lie within ``low_ms`` and ``high_ms``."""
+    """A latency that nobody measured; ``low_ms`` and ``high_ms`` estimate where a measurement would lie."""
 
     value_ms: float
     low_ms: float
