@@ -45,8 +45,18 @@ def load_runtime(name: str) -> ModuleType:
             "it knows " + ", ".join(sorted(RUNTIMES)),
             "update edgekit-agent, or deploy a bundle for another runtime",
         )
+    return import_library(name, RUNTIMES[name])
+
+
+def import_library(name: str, module: str) -> ModuleType:
+    """Import a module that a runtime needs.
+
+    Raises:
+        Missing: it is not installed.
+        Refused: it is installed but breaks when it is imported.
+    """
     try:
-        return importlib.import_module(RUNTIMES[name])
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise Missing(
             f"the runtime {name} is not installed",

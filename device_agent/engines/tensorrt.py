@@ -8,17 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Mapping
 
-import tensorrt as trt
-
-from device_agent.engines import tensorrt_engine
+from device_agent.engines import import_library, tensorrt_engine
 from device_agent.engines.base import Engine, EngineSettings
+
+_NAME = "tensorrt"  # of the runtime, and of its Python module
 
 
 def fingerprint() -> Mapping[str, str]:
     """What an engine has to be built for to run here; see ``tensorrt_engine.fingerprint``."""
-    return tensorrt_engine.fingerprint(trt, "tensorrt")
+    return tensorrt_engine.fingerprint(import_library(_NAME, _NAME), _NAME)
 
 
 def open_graph(path: Path, settings: EngineSettings) -> Engine:
     """Load a serialized engine; see ``tensorrt_engine.open_engine``."""
-    return tensorrt_engine.open_engine(trt, "tensorrt", path)
+    return tensorrt_engine.open_engine(import_library(_NAME, _NAME), _NAME, path)
