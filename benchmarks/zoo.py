@@ -8,8 +8,8 @@ ZOO is an environment of its own, since torchvision needs another torch than edg
     pip install torch==2.14.1 torchvision==0.29.1 transformers onnx onnxscript onnxruntime tensorrt-rtx-cu13 \
         pydantic safetensors
 
-Each model runs in a process of its own (``zoo_worker.py``), with limits of time and memory; every failure has
-its reason in one line.
+Each model runs in a process of its own (``menagerie/worker.py``), with limits of time and memory; every
+failure has its reason in one line.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def _options() -> argparse.Namespace:
 
 
 def _names(options: argparse.Namespace) -> list[str]:
-    script = "from benchmarks import zoo_models as z; print(*z.{})".format(
-        "DOZEN" if options.quick else "subjects()"
+    """What was asked for, of what the zoo's environment can build."""
+    chosen = "z.DOZEN" if options.quick else "z.subjects()"
+    script = (
+        f"from benchmarks.menagerie import models as z; print(*(n for n in {chosen} if n in z.subjects()))"
     )
     return options.only or _call(options.python, "-c", script).split()
 
@@ -89,7 +91,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _run(python: str, name: str) -> dict[str, Any]:
     """One model in a process of its own; what it said last, and why it ended if it was stopped."""
     worker = subprocess.Popen(
-        [python, "-m", "benchmarks.zoo_worker", name],
+        [python, "-m", "benchmarks.menagerie.worker", name],
         cwd=HERE.parent,
         env=_environment(),
         stdout=subprocess.PIPE,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = ("hf-swin", "hf-mixtral")
+MODELS = ("hf-swin",)
 
 
 def _zoo(results: Path, *names: str) -> subprocess.CompletedProcess[str]:
@@ -19,8 +19,9 @@ def _zoo(results: Path, *names: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_windows_and_experts_go_from_end_to_end(tmp_path: Path) -> None:
-    """Both are pruned into the band, exported, quantized, compared, built; what is done stays done."""
+@pytest.mark.timeout(900)
+def test_windowed_attention_goes_from_end_to_end(tmp_path: Path) -> None:
+    """It is pruned into the band, exported, quantized, compared and built; what is done stays done."""
     pytest.importorskip("tensorrt_rtx", reason="needs the wheel tensorrt-rtx-cu13")
     results = tmp_path / "zoo.jsonl"
     document = json.loads(_zoo(results, *MODELS).stdout)

@@ -1,6 +1,6 @@
 """One model of the zoo from end to end, in a process of its own; prints one line of JSON.
 
-    python -m benchmarks.zoo_worker NAME
+    python -m benchmarks.menagerie.worker NAME
 
 Prune to 0.35, export (two paths, proven at batches 1 and 3), INT8, ONNX Runtime at batches 1 and 3, and a
 TensorRT-RTX build of both graphs for SM89, which needs no GPU.
@@ -65,7 +65,7 @@ def main() -> None:
 def _run(account: Account) -> None:
     import torch
 
-    from benchmarks.zoo_models import subjects
+    from benchmarks.menagerie.models import subjects
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     subject = subjects()[account.facts["model"]]
