@@ -13,6 +13,7 @@ from calibration.storage import Detached, detach
 
 _ERRORS_ONLY = 4
 _NO_SATURATION = "session.x64quantprecision"
+_SHARED_WEIGHT = "replace the existing tensor"  # in what ONNX Runtime says of it
 
 
 def exact_session(model: bytes | str, options: ort.SessionOptions) -> ort.InferenceSession:
@@ -29,7 +30,9 @@ def exact_session(model: bytes | str, options: ort.SessionOptions) -> ort.Infere
     options.add_session_config_entry(_NO_SATURATION, "1")
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception:  # ONNX Runtime's errors share no base class below Exception
+    except Exception as error:  # ONNX Runtime's errors share no base class below Exception
+        if _SHARED_WEIGHT not in str(error):
+            raise
         options.add_session_config_entry(_NO_SATURATION, "0")
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

@@ -45,6 +45,7 @@ _DTYPES = {
 }
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 _NO_SATURATION = "session.x64quantprecision"
+_SHARED_WEIGHT = "replace the existing tensor"  # in what ONNX Runtime says of it
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 CARRIES_BFLOAT16 = hasattr(onnxruntime.OrtValue, "ortvalue_from_numpy_with_onnx_type")
 
@@ -111,7 +112,9 @@ def exact_session(path: Path, options: Any, providers: List[str]) -> Any:
     options.add_session_config_entry(_NO_SATURATION, "1")
     try:
         return onnxruntime.InferenceSession(str(path), sess_options=options, providers=providers)
-    except _LOAD_ERRORS:
+    except _LOAD_ERRORS as error:
+        if _SHARED_WEIGHT not in str(error):
+            raise
         options.add_session_config_entry(_NO_SATURATION, "0")
         return onnxruntime.InferenceSession(str(path), sess_options=options, providers=providers)
 
