@@ -47,7 +47,7 @@ def run(script: str, directory: Path) -> str:
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            timeout=600,
+            timeout=1800,
             check=False,
             env={**os.environ, "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"},
         )
@@ -56,7 +56,7 @@ def run(script: str, directory: Path) -> str:
     return text
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_readme_commands(copy: Path) -> None:
     """Every command of the README works, in the order in which it stands there."""
     commands = blocks(copy / "README.md")
@@ -76,7 +76,7 @@ def test_readme_commands(copy: Path) -> None:
                 os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_text_encoder_example(copy: Path) -> None:
     """The text encoder's commands give a bundle whose embeddings keep a mean cosine of 0.985."""
     [script] = blocks(copy / "examples" / "text_encoder" / "README.md")
