@@ -71,19 +71,22 @@ def _print_usage_error(error: click.ClickException) -> None:
     print_error("bad usage", error.format_message(), f"`{path} --help` lists the options")
 
 
+#: Options of ``compress`` that are settings of the recipe.
+_RECIPE_OPTIONS = (
+    "contract.size", "contract.max_drop", "contract.latency", "precision", "metric", "seed",
+)  # fmt: skip
+
+
 @cli.command()
 @click.argument("model")
 @click.option(
     "--profile",
-    "profiles_",
     required=True,
     multiple=True,
     help="A device profile: a name, or a TOML file. Again, or with commas, for more devices in one bundle.",
 )
 @click.option("--calib", required=True, metavar="DATA", help="Calibration data.")
-@click.option(
-    "--eval", "eval_", metavar="DATA", help="Held-out data; without it, a fifth of --calib is held out."
-)
+@click.option("--eval", metavar="DATA", help="Held-out data; without it, a fifth of --calib is held out.")
 @click.option(
     "--train", metavar="DATA", help="Data for recovery; without it, --calib. Labels are not needed."
 )
@@ -93,7 +96,7 @@ def _print_usage_error(error: click.ClickException) -> None:
 @click.option("--latency", metavar="QUANTILE:MS", help="Bound on the latency at batch 1, such as p95:23ms.")
 @click.option("--precision", help="auto, fp32, fp16 or int8.")
 @click.option("--recipe", type=path_argument, help="A TOML file with settings of the stages.")
-@click.option("--metric", help="top1, f1, cosine, sqnr, or module:fn.")
+@click.option("--metric", help="top1, f1, map, cosine, sqnr, or module:fn.")
 @click.option("--seed", type=int, help="For everything random.")
 @click.option("--out", type=path_argument, help="Directory for the bundle and the report.")
 @click.option(
@@ -103,53 +106,14 @@ def _print_usage_error(error: click.ClickException) -> None:
 @click.option("--study", metavar="URL", help="Join a search with others: a file, or postgresql://HOST/NAME.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @json_option
-def compress(
-    model: str,
-    profiles_: tuple[str, ...],
-    calib: str,
-    eval_: str | None,
-    train: str | None,
-    weights: Path | None,
-    size: float | None,
-    max_drop: float | None,
-    latency: str | None,
-    precision: str | None,
-    recipe: Path | None,
-    metric: str | None,
-    seed: int | None,
-    out: Path | None,
-    workdir: Path,
-    measure_on: str | None,
-    study: str | None,
-    dry_run: bool,
-    as_json: bool,
-) -> int:
+def compress(as_json: bool, dry_run: bool, profile: tuple[str, ...], **settings: Any) -> int:
     """Prune, recover, quantize and measure MODEL; write a bundle and a report."""
     from edgekit import compress as job
 
-    overrides = {
-        "contract.size": size,
-        "contract.max_drop": max_drop,
-        "contract.latency": latency,
-        "precision": precision,
-        "metric": metric,
-        "seed": seed,
-    }
+    overrides = {key: settings.pop(key.rpartition(".")[2]) for key in _RECIPE_OPTIONS}
+    workdir = settings["workdir"]
     prepared = job.prepare(
-        job.Request(
-            model,
-            tuple(",".join(profiles_).split(",")),
-            calib,
-            weights,
-            eval_,
-            train,
-            recipe,
-            overrides,
-            out,
-            workdir,
-            measure_on,
-            study,
-        )
+        job.Request(profile=tuple(",".join(profile).split(",")), overrides=overrides, **settings)
     )
     if dry_run:
         return _print_plan(job.dry_run(prepared, workdir), as_json)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from host_trainer.errors import MissingError, TrainingError
 from host_trainer.structure import Layers, survey
+from host_trainer.tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -107,7 +108,6 @@ def save(model: nn.Module, directory: Path, weights: Mapping[str, Tensor] | None
         weights: of the whole model, where its own are shared among processes.
     """
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save as serialized
 
     plain = unwrapped(model)
     config = plain.peft_config["default"].to_dict()
@@ -118,7 +118,7 @@ def save(model: nn.Module, directory: Path, weights: Mapping[str, Tensor] | None
     )
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
     (directory / CONFIG_FILE).write_text(json.dumps(described, indent=1, sort_keys=True) + "\n")
-    (directory / WEIGHTS_FILE).write_bytes(serialized(tensors))
+    write_tensors(directory / WEIGHTS_FILE, tensors)
 
 
 def load(model: nn.Module, directory: Path) -> PeftModel:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from host_trainer.errors import ConfigError
+from host_trainer.tensor_file import write_tensors
 
 _NAME = re.compile(r"step-(\d{9})")
 _MAX_STATE_BYTES = 16 << 20
@@ -118,15 +119,13 @@ class Store:
         Raises:
             OSError: the disk is full, say; the checkpoints that were there stay.
         """
-        from safetensors.torch import save_file
-
         final = self._directory / f"step-{snapshot.step:09d}"
         partial = self._directory / f".{final.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            save_file(dict(snapshot.model), partial / "model.safetensors")
-            save_file(dict(snapshot.optimizer), partial / "optimizer.safetensors")
+            write_tensors(partial / "model.safetensors", snapshot.model)
+            write_tensors(partial / "optimizer.safetensors", snapshot.optimizer)
             (partial / "state.json").write_text(json.dumps(snapshot.state), encoding="utf-8")
             for path in (*partial.iterdir(), partial):
                 _to_disk(path)
@@ -173,8 +172,8 @@ class Store:
     def _write_or_note(self, snapshot: Snapshot) -> None:
         try:
             self.write(snapshot)
-        except Exception as error:  # safetensors reports a full disk with an error of its own
-            self._failure = error if isinstance(error, OSError) else OSError(str(error))
+        except OSError as error:
+            self._failure = error
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections import deque
@@ -12,6 +13,7 @@ from host_trainer import diagnosis
 from host_trainer.config import Monitor
 from host_trainer.errors import Diverged
 from host_trainer.loop import Step, Task, Watcher
+from host_trainer.tensor_file import write_tensors
 
 _WINDOW = 20
 _BAND_WINDOW = 10
@@ -100,14 +102,10 @@ class Health(Watcher):
 
 def _write_batch(step: Step, micro_batch: int, directory: Path) -> None:
     """Write the micro-batch for whoever looks into it; a full disk must not hide the explosion."""
-    from safetensors.torch import save_file
-
     batch = step.micro_batches[micro_batch]
     if not isinstance(batch, dict):
         return
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in batch.items()}
-    try:
+    with contextlib.suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, directory / f"step-{step.number:09d}.safetensors")
-    except Exception:  # noqa: S110  # safetensors reports a full disk with an error of its own
-        pass
+        write_tensors(directory / f"step-{step.number:09d}.safetensors", tensors)

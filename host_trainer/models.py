@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from host_trainer.config import Model
 from host_trainer.data import call
 from host_trainer.errors import ConfigError
+from host_trainer.tensor_file import write_tensors
 
 _HEADS = {
     "image-classification": "AutoModelForImageClassification",
@@ -88,9 +89,7 @@ def save(module: nn.Module, state: Mapping[str, Tensor], source: Model, out: Pat
             if (Path(source.source) / name).is_file():
                 shutil.copy(Path(source.source) / name, out / name)
         return out
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, out / "model.safetensors")
+    write_tensors(out / "model.safetensors", {name: tensor.contiguous() for name, tensor in state.items()})
     return out / "model.safetensors"
 
 

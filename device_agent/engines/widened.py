@@ -8,12 +8,13 @@ from typing import Any, Dict, FrozenSet, Iterable, Tuple
 import numpy as np
 
 from device_agent.engines.base import Arrays, Engine, InputError
+from device_agent.engines.in_front import EngineInFront
 from device_agent.manifest import TensorSpec
 
 _RANGE = np.iinfo(np.int32)
 
 
-class WidenedEngine:
+class WidenedEngine(EngineInFront):
     """An engine whose INT32 tensors look like INT64 from outside.
 
     Args:
@@ -22,21 +23,10 @@ class WidenedEngine:
     """
 
     def __init__(self, engine: Engine, names: Iterable[str]) -> None:
-        self.runtime, self.memory_policy = engine.runtime, engine.memory_policy
         wide = frozenset(names)
-        self.inputs, self._narrow = _widen(engine.inputs, wide)
-        self.outputs, self._short = _widen(engine.outputs, wide)
-        self._engine = engine
-
-    @property
-    def process(self) -> int:
-        """See :class:`~device_agent.engines.base.Engine`."""
-        return self._engine.process
-
-    @property
-    def threads(self) -> FrozenSet[int]:
-        """See :class:`~device_agent.engines.base.Engine`."""
-        return self._engine.threads
+        inputs, self._narrow = _widen(engine.inputs, wide)
+        outputs, self._short = _widen(engine.outputs, wide)
+        super().__init__(engine, inputs, outputs)
 
     def run(self, inputs: Arrays) -> Dict[str, np.ndarray[Any, Any]]:
         """See :meth:`device_agent.engines.base.Engine.run`.
@@ -48,10 +38,6 @@ class WidenedEngine:
             {**inputs, **{name: _narrowed(name, inputs[name]) for name in self._narrow}}
         )
         return {**outputs, **{name: outputs[name].astype(np.int64) for name in self._short}}
-
-    def close(self) -> None:
-        """Free the engine."""
-        self._engine.close()
 
 
 def _widen(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, FrozenSet, Mapping, Sequence, Tuple
+from typing import Any, Dict, Mapping, Sequence, Tuple
 
 import numpy as np
 
 from device_agent.engines.base import Arrays, Engine, EngineError
+from device_agent.engines.in_front import EngineInFront
 from device_agent.repository.completion import specs
 from device_agent.repository.model_config import Dims, ModelConfig, TensorConfig
 
@@ -20,38 +21,21 @@ def reshaped(engine: Engine, config: ModelConfig) -> Engine:
     return ReshapingEngine(engine, config)
 
 
-class ReshapingEngine:
+class ReshapingEngine(EngineInFront):
     """Gives inputs the shape that the graph has and outputs the one that clients see; no data is copied."""
 
     def __init__(self, engine: Engine, config: ModelConfig) -> None:
-        self.runtime = engine.runtime
-        self.memory_policy = engine.memory_policy
-        self.inputs = specs(config.inputs, config.max_batch_size)
-        self.outputs = specs(config.outputs, config.max_batch_size)
-        self._engine = engine
+        inputs, outputs = (specs(of, config.max_batch_size) for of in (config.inputs, config.outputs))
+        super().__init__(engine, inputs, outputs)
         self._batched = int(config.max_batch_size > 0)
         self._inputs = [tensor for tensor in config.inputs if tensor.reshape is not None]
         self._outputs = [tensor for tensor in config.outputs if tensor.reshape is not None]
-
-    @property
-    def process(self) -> int:
-        """See :class:`device_agent.engines.base.Engine`."""
-        return self._engine.process
-
-    @property
-    def threads(self) -> FrozenSet[int]:
-        """See :class:`device_agent.engines.base.Engine`."""
-        return self._engine.threads
 
     def run(self, inputs: Arrays) -> Dict[str, np.ndarray[Any, Any]]:
         """See :meth:`device_agent.engines.base.Engine.run`."""
         feeds = {**inputs, **self._shaped(inputs, self._inputs, to_graph=True)}
         outputs = self._engine.run(feeds)
         return {**outputs, **self._shaped(outputs, self._outputs, to_graph=False)}
-
-    def close(self) -> None:
-        """Free the engine."""
-        self._engine.close()
 
     def _shaped(
         self, arrays: Mapping[str, np.ndarray[Any, Any]], tensors: Sequence[TensorConfig], to_graph: bool

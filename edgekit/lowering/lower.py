@@ -127,7 +127,7 @@ def _old_enough(model: ModelProto, table: Table) -> tuple[ModelProto, list[str]]
         return model, []
     try:
         newer = onnx.version_converter.convert_version(model, _MODERN_OPSET)
-    except Exception:  # the converter's error has no type of its own; the old opset is then refused by name
+    except (onnx.version_converter.ConvertError, RuntimeError):  # the old opset is then refused by name
         return model, []
     return newer, [f"opset {before} brought up to {_MODERN_OPSET}"]
 
