@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,9 @@ from edgekit.data.texts import text_and_label, text_inputs, text_preprocess
 from edgekit.errors import BadInput
 from edgekit.preprocess import Preprocess
 from edgekit.tensors import Arrays
+from host_trainer.errors import TrainingError
+from host_trainer.shards import index as shards
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_MEMBER_BYTES = 256 << 20
 
 
@@ -53,15 +53,15 @@ def open_source(spec: str, preprocess: Preprocess | None, names: Sequence[str] |
 
 
 def expand(spec: str) -> list[Path]:
-    """Expand ``{000..009}``, leading zeros kept; several ranges give every combination."""
-    match = _RANGE.search(spec)
-    if match is None:
-        return [Path(spec)]
-    first, last = match.groups()
-    if int(last) < int(first):
-        raise BadInput(f"the range {match[0]} is empty", "its end is below its start", "swap the two numbers")
-    texts = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
-    return [path for text in texts for path in expand(spec[: match.start()] + text + spec[match.end() :])]
+    """Expand ``{000..009}`` as the trainer does.
+
+    Raises:
+        BadInput: a range is empty or absurdly long.
+    """
+    try:
+        return shards.expand(spec)
+    except TrainingError as error:
+        raise BadInput(error.what, error.why, error.fix) from error
 
 
 def _read(
@@ -80,8 +80,8 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
     try:
         with tarfile.open(path, "r|") as archive:
             for member in archive:
-                name = PurePosixPath(member.name)
-                if not member.isfile() or name.name.startswith("."):
+                name = shards.split_name(member.name)
+                if not member.isfile() or name is None:
                     continue
                 if member.size > MAX_MEMBER_BYTES:
                     raise BadInput(
@@ -89,10 +89,9 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
                         f"{member.size} bytes; the limit is {MAX_MEMBER_BYTES}",
                         "split it into several samples",
                     )
-                stem, _, extension = name.name.partition(".")
                 stream = archive.extractfile(member)
                 content = stream.read() if stream is not None else b""
-                yield str(name.parent / stem), extension, content
+                yield *name, content
     except (tarfile.TarError, OSError, EOFError) as error:
         raise BadInput(f"the shard {path} is damaged", str(error), "copy or download it again") from error
 
