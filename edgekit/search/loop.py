@@ -121,6 +121,7 @@ class Worker:
 
     def __init__(self, request: Request) -> None:
         self._request = request
+        self._device = profile.shared(request.profile, request.further)
         self.tried: list[Tried] = []
         self.records: list[StageRecord] = []
         self.latency_share: float | None = None
@@ -166,23 +167,22 @@ class Worker:
     def _latency_model(self, trial: Trial) -> LatencyModel:
         request = self._request
         plan = self._plan(trial, None)
-        alone = tuple(step for step in plan.steps if step.name == "staircase")
-        device = profile.shared(request.profile, request.further)
-        ran = run_plan(replace(plan, steps=alone), request.sources, device, request.store, request.progress)
+        alone = replace(plan, steps=tuple(step for step in plan.steps if step.name == "staircase"))
+        ran = run_plan(alone, request.sources, self._device, request.store, request.progress)
         self.records += [record for record in ran.records if not record.cached]
         return staircase.from_json(ran.artifacts["staircase"].metadata)
 
     def _plan(self, trial: Trial, latency_share: float | None) -> Plan:
         request = self._request
         recipe = changed(request.recipe, trial.changes)
-        device = profile.shared(request.profile, request.further)
-        return make_plan(request.sources, device, recipe, request.metric, request.further, latency_share)
+        return make_plan(
+            request.sources, self._device, recipe, request.metric, request.further, latency_share
+        )
 
     def _run(self, trial: Trial, latency_share: float | None) -> Tried:
         request = self._request
         plan = self._plan(trial, latency_share)
-        device = profile.shared(request.profile, request.further)
-        ran = run_plan(plan, request.sources, device, request.store, request.progress)
+        ran = run_plan(plan, request.sources, self._device, request.store, request.progress)
         of = "" if trial == FIRST else f" ({trial.name})"
         again = {record.name for record in self.records} if of else set()
         self.records += [
