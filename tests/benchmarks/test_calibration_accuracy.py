@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from accuracy import average_precision, cache, judging, scans, verdict
+from accuracy.case import Case, Data, image_rows
+from accuracy.cases import CASES, detector
+from accuracy.comparison import Comparison, Entry, compare
+from accuracy.tools import PEERS, TOOLS, Result, ToolFailed, applies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-from accuracy import average_precision, cache, judging, scans, verdict  # noqa: E402 - see above
-from accuracy.case import Case, Data, image_rows  # noqa: E402
-from accuracy.cases import CASES, detector  # noqa: E402
-from accuracy.comparison import Comparison, Entry, compare  # noqa: E402
-from accuracy.tools import PEERS, TOOLS, Result, ToolFailed, applies  # noqa: E402
-
-sys.path.remove(str(BENCHMARKS))  # calibration.py there would hide the package from later tests
 
 UNUSED = CASES["digits"]
 

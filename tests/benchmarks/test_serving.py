@@ -17,25 +17,20 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from serving import client, open_loop, run, venvs, wire
+from serving.bench import Bench, Rounds
+from serving.closed_loop import ClosedLoop
+from serving.models import write_models
+from serving.peers.floors import AIOHTTP, ECHO, RAW
+from serving.peers.ours import OURS
+from serving.scenarios.ending import sigterm
+from serving.scenarios.footprint import footprint
+from serving.scenarios.open_loop import quantile
+from serving.scenarios.swaps import swaps
+from serving.server import Launch, free_port, running
+from serving.table import render
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-from serving import client, open_loop, run, venvs, wire  # noqa: E402 - found through the line above
-from serving.bench import Bench, Rounds  # noqa: E402
-from serving.closed_loop import ClosedLoop  # noqa: E402
-from serving.models import write_models  # noqa: E402
-from serving.peers.floors import AIOHTTP, ECHO, RAW  # noqa: E402
-from serving.peers.ours import OURS  # noqa: E402
-from serving.scenarios.ending import sigterm  # noqa: E402
-from serving.scenarios.footprint import footprint  # noqa: E402
-from serving.scenarios.open_loop import quantile  # noqa: E402
-from serving.scenarios.swaps import swaps  # noqa: E402
-from serving.server import Launch, free_port, running  # noqa: E402
-from serving.table import render  # noqa: E402
-
-sys.path.remove(str(BENCHMARKS))  # calibration.py there would hide the package from later tests
-
 REQUEST = wire.post("/x", b"", "text/plain")
 GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 LAST = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok"

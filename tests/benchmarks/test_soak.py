@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-from serving.soak import soak  # noqa: E402 - found through the line above
-from serving.soaking.site import Here  # noqa: E402
-
-sys.path.remove(str(BENCHMARKS))  # calibration.py there would hide the package from later tests
+from serving.soak import soak
+from serving.soaking.site import Here
 
 
 def test_the_agent_serves_on_whatever_its_clients_do(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ prepare() {
   fi
 }
 
-# The working directory is the tests' own, so that only the installed package can be imported.
+# The working directory is the tests' own and nothing is added to the path, so that only the installed package
+# can be imported.
 run_tests() {
   local venv=$1
   cd "$here"
@@ -62,7 +63,7 @@ run_tests() {
     echo "edgekit can be imported in $venv; the agent must do without" >&2
     return 1
   fi
-  OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" "$here"
+  OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" -o pythonpath= "$here"
 }
 
 tested=0
