@@ -26,7 +26,7 @@ sys.path.remove(str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the examples
 
 from calibration import calibrate, prepare, quantize, to_fp16
-from device_agent.engines.tensorrt_build import serving_ranges
+from device_agent.engines.tensorrt_settings import serving_ranges
 from edgekit import profile
 from edgekit.builders import rtx
 from edgekit.builders.tensorrt import FREE_AXIS

@@ -16,8 +16,9 @@ from typing import Any, List, Mapping
 
 from device_agent import durable
 from device_agent.ending import die_with, prefer_to_be_ended
-from device_agent.engines.tensorrt_build import BuildError, BuildSettings, build_engine
+from device_agent.engines.tensorrt_build import build_engine
 from device_agent.engines.tensorrt_libraries import tactic_sources
+from device_agent.engines.tensorrt_settings import BuildError, BuildSettings
 from device_agent.manifest import ShapeRange
 
 _NICENESS = 10  # what serves comes first

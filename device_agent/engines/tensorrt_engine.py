@@ -17,17 +17,21 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, FrozenSet, List, Mapping, Optional, Tuple
 
 import numpy as np
 
 from device_agent.engines import cuda
 from device_agent.engines.base import Arrays, EngineError, InputError
 from device_agent.engines.cuda import CudaError
-from device_agent.engines.tensorrt_log import collecting_logger
+from device_agent.engines.tensorrt_log import Said
+from device_agent.engines.tensorrt_module import TensorRt, from_dims, version
 from device_agent.errors import Refused
 from device_agent.manifest import TensorSpec
 from device_agent.tensors import NUMPY_DTYPES
+
+if TYPE_CHECKING:
+    from tensorrt import ICudaEngine
 
 Shapes = Tuple[Tuple[int, ...], ...]
 
@@ -46,7 +50,7 @@ _MAX_SHAPES = 64  # kept ready; a graph takes some hundred kilobytes
 _log = logging.getLogger(__name__)
 
 
-def fingerprint(trt: Any, name: str) -> Mapping[str, str]:
+def fingerprint(trt: TensorRt, name: str) -> Mapping[str, str]:
     """The device's own values of what an engine may have been built for.
 
     Returns:
@@ -56,10 +60,10 @@ def fingerprint(trt: Any, name: str) -> Mapping[str, str]:
         Refused: there is no GPU that CUDA can use.
     """
     gpu = _device()
-    return {"sm": gpu.sm, name: str(trt.__version__), "cuda": gpu.cuda, "driver": gpu.driver}
+    return {"sm": gpu.sm, name: version(trt), "cuda": gpu.cuda, "driver": gpu.driver}
 
 
-def open_engine(trt: Any, runtime: str, path: Path) -> TensorRtEngine:
+def open_engine(trt: TensorRt, runtime: str, path: Path) -> TensorRtEngine:
     """Load a serialized engine.
 
     Args:
@@ -72,13 +76,13 @@ def open_engine(trt: Any, runtime: str, path: Path) -> TensorRtEngine:
             memory on the GPU.
     """
     gpu = _device()
-    logger = collecting_logger(trt)
+    said = Said(trt)
     try:
         gpu.use()
-        engine = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
+        engine = trt.Runtime(said.logger).deserialize_cuda_engine(path.read_bytes())
         if engine is None:
-            raise _refused(trt, path, logger.why("it is no engine for this device"))
-        return TensorRtEngine(trt, runtime, engine, logger, gpu)
+            raise _refused(trt, path, said.why("it is no engine for this device"))
+        return TensorRtEngine(trt, runtime, engine, said, gpu)
     except CudaError as error:
         raise _refused(trt, path, _with_memory(error, gpu)) from error
     except (ValueError, TypeError, OSError, MemoryError) as error:
@@ -95,7 +99,9 @@ class TensorRtEngine:
     memory_policy = ""
     threads: FrozenSet[int] = frozenset()  # TensorRT starts none
 
-    def __init__(self, trt: Any, runtime: str, engine: Any, logger: Any, gpu: cuda.Device) -> None:
+    def __init__(
+        self, trt: TensorRt, runtime: str, engine: ICudaEngine, said: Said, gpu: cuda.Device
+    ) -> None:
         """Allocate for the largest shapes.
 
         Raises:
@@ -104,10 +110,10 @@ class TensorRtEngine:
         """
         self.runtime = runtime
         self.process = os.getpid()
-        self._logger, self._gpu, self._engine = logger, gpu, engine
+        self._said, self._gpu, self._engine = said, gpu, engine
         self._context = engine.create_execution_context()
         if self._context is None:
-            raise CudaError(logger.why("TensorRT makes no context"), out_of_memory=True)
+            raise CudaError(said.why("TensorRT makes no context"), out_of_memory=True)
         names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
         modes = {name: engine.get_tensor_mode(name) for name in names}
         self.inputs = tuple(_spec(trt, engine, n) for n in names if modes[n] == trt.TensorIOMode.INPUT)
@@ -165,7 +171,8 @@ class TensorRtEngine:
         for ready in self._ready.values():
             self._forget(ready)
         self._ready.clear()
-        self._context = self._engine = None
+        for held in ("_context", "_engine"):  # they end when nobody holds them
+            vars(self).pop(held, None)
         for buffer in self._buffers.values():
             buffer.close()
         self._buffers.clear()
@@ -213,14 +220,14 @@ class TensorRtEngine:
         self._set = None
         for spec, shape in zip(self.inputs, shapes):
             if not self._context.set_input_shape(spec.name, shape):
-                raise CudaError(self._logger.why(f"'{spec.name}' cannot have the shape {list(shape)}"))
+                raise CudaError(self._said.why(f"'{spec.name}' cannot have the shape {list(shape)}"))
         missing = self._context.infer_shapes()
         if missing:
-            raise CudaError(self._logger.why(f"no shape follows for {', '.join(missing)}"))
+            raise CudaError(self._said.why(f"no shape follows for {', '.join(missing)}"))
         self._set = shapes
 
     def _shape(self, spec: TensorSpec) -> Tuple[int, ...]:
-        return tuple(self._context.get_tensor_shape(spec.name))
+        return from_dims(self._context.get_tensor_shape(spec.name))
 
     # Running
 
@@ -234,7 +241,7 @@ class TensorRtEngine:
         for name, view in ready.inputs.items():
             self._buffers[name].send(view.nbytes, self._stream)
         if not self._context.execute_async_v3(self._stream):
-            raise CudaError(self._logger.why("the run failed and TensorRT does not say why"))
+            raise CudaError(self._said.why("the run failed and TensorRT does not say why"))
         for name, view in ready.outputs.items():
             self._buffers[name].fetch(view.nbytes, self._stream)
 
@@ -315,8 +322,13 @@ class _Buffer:
         self._gpu.free_pinned(self._host)
 
 
-def _output_allocator(trt: Any, gpu: cuda.Device) -> Any:
-    class Allocator(trt.IOutputAllocator):  # type: ignore[misc]  # its base is only known here
+def _output_allocator(trt: TensorRt, gpu: cuda.Device) -> Any:
+    if TYPE_CHECKING:
+        from tensorrt import IOutputAllocator as Base
+    else:
+        Base = trt.IOutputAllocator  # known only here
+
+    class Allocator(Base):
         """Gives memory to an output once TensorRT knows its size; keeps the largest."""
 
         def __init__(self) -> None:
@@ -349,19 +361,19 @@ def _output_allocator(trt: Any, gpu: cuda.Device) -> Any:
     return Allocator()
 
 
-def _spec(trt: Any, engine: Any, name: str) -> TensorSpec:
+def _spec(trt: TensorRt, engine: ICudaEngine, name: str) -> TensorSpec:
     kind = engine.get_tensor_dtype(name).name
     if kind not in _DTYPES:
         raise ValueError(f"'{name}' is a tensor of {kind}, which the Open Inference Protocol cannot carry")
     if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
         raise ValueError(f"'{name}' is a shape, which TensorRT wants before the run")
-    return TensorSpec(name, _DTYPES[kind], tuple(engine.get_tensor_shape(name)))
+    return TensorSpec(name, _DTYPES[kind], from_dims(engine.get_tensor_shape(name)))
 
 
-def _largest(engine: Any, spec: TensorSpec) -> Tuple[int, ...]:
+def _largest(engine: ICudaEngine, spec: TensorSpec) -> Tuple[int, ...]:
     if min(spec.shape, default=0) >= 0:
         return spec.shape
-    return tuple(engine.get_tensor_profile_shape(spec.name, 0)[2])
+    return from_dims(engine.get_tensor_profile_shape(spec.name, 0)[2])
 
 
 def _size_bytes(spec: TensorSpec, shape: Tuple[int, ...]) -> int:
@@ -383,10 +395,10 @@ def _with_memory(error: CudaError, gpu: cuda.Device) -> str:
     return f"{error}; {gpu.free_bytes() / 1e6:.0f} MB of the GPU are free"
 
 
-def _refused(trt: Any, path: Path, why: str) -> Refused:
+def _refused(trt: TensorRt, path: Path, why: str) -> Refused:
     lines: List[str] = why.strip().splitlines() or ["it does not say why"]
     return Refused(
-        f"TensorRT {trt.__version__} does not load {path.name}",
+        f"TensorRT {version(trt)} does not load {path.name}",
         lines[0],
         "an engine fits one GPU and one TensorRT; the agent builds its own where the bundle says how",
     )

@@ -7,7 +7,9 @@ seem (in containers they often are left out). TensorRT's own kernels do without.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, List, Optional, Tuple
+from typing import List, Optional, Tuple
+
+from device_agent.engines.tensorrt_module import TensorRt
 
 _OWN = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 _OTHERS = (
@@ -18,7 +20,7 @@ _OTHERS = (
 _SMALLEST_VERSION = 1000  # of any of these, as they write it
 
 
-def tactic_sources(trt: Any) -> Optional[Tuple[str, ...]]:
+def tactic_sources(trt: TensorRt) -> Optional[Tuple[str, ...]]:
     """Names of ``trt.TacticSource`` to build with; None: TensorRT's own choice, which is right from 10 on."""
     if not hasattr(trt, "TacticSource") or hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
         return None

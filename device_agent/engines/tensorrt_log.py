@@ -3,34 +3,48 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Deque
+from typing import TYPE_CHECKING, Deque
+
+if TYPE_CHECKING:
+    from tensorrt import ILogger
+
+    from device_agent.engines.tensorrt_module import TensorRt
 
 _KEPT = 100
 
 
-def collecting_logger(trt: Any) -> Any:
-    """A logger for TensorRT with ``errors`` and ``warnings``, the latest of each, and ``why``.
+class Said:
+    """What TensorRT said.
 
-    Args:
-        trt: the module ``tensorrt`` or ``tensorrt_rtx``.
+    Attributes:
+        logger: to hand to TensorRT.
+        errors: the latest.
+        warnings: the latest.
     """
 
-    class Collecting(trt.ILogger):  # type: ignore[misc]  # its base is only known here
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: Deque[str] = deque(maxlen=_KEPT)
-            self.warnings: Deque[str] = deque(maxlen=_KEPT)
+    def __init__(self, trt: TensorRt) -> None:
+        self.errors: Deque[str] = deque(maxlen=_KEPT)
+        self.warnings: Deque[str] = deque(maxlen=_KEPT)
+        self.logger = _logger(trt, self.errors, self.warnings)
 
-        def log(self, severity: Any, message: str) -> None:
+    def why(self, otherwise: str) -> str:
+        """What went wrong since this was last asked: the first error, which the others follow from."""
+        first = self.errors[0] if self.errors else otherwise
+        self.errors.clear()
+        return first
+
+
+def _logger(trt: TensorRt, errors: Deque[str], warnings: Deque[str]) -> ILogger:
+    if TYPE_CHECKING:
+        from tensorrt import ILogger as Base
+    else:
+        Base = trt.ILogger  # known only here
+
+    class Logger(Base):
+        def log(self, severity: ILogger.Severity, msg: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors.append(message)
+                errors.append(msg)
             elif severity == trt.ILogger.WARNING:
-                self.warnings.append(message)
+                warnings.append(msg)
 
-        def why(self, otherwise: str) -> str:
-            """What went wrong since this was last asked: the first error, which the others follow from."""
-            first = self.errors[0] if self.errors else otherwise
-            self.errors.clear()
-            return first
-
-    return Collecting()
+    return Logger()

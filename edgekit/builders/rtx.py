@@ -104,39 +104,33 @@ def _answer(job: Job) -> Answer:
         import tensorrt_rtx as trt
     except ImportError:
         return Answer(None, False, _NOT_INSTALLED)
-    from device_agent.engines.tensorrt_build import BuildError, BuildSettings, build_engine
-    from device_agent.manifest import ShapeRange
+    from device_agent.engines.tensorrt_settings import BuildError
 
     version = str(trt.__version__)
+    try:
+        _do(trt, job)
+    except BuildError as error:
+        return Answer(version, False, str(error))
+    return Answer(version, True, "")
+
+
+def _do(trt: Any, job: Job) -> None:
+    from device_agent.engines.tensorrt_build import build_engine, read_graph
+    from device_agent.engines.tensorrt_settings import BuildError, BuildSettings
+    from device_agent.manifest import ShapeRange
+
     graph = Path(job.graph).read_bytes()
     if job.architecture is None or job.engine is None:
-        why = _parse(trt, graph, job.graph)
-        return Answer(version, why is None, why or "")
+        read_graph(trt, graph, job.graph)
+        return
     if not hasattr(trt.ComputeCapability, job.architecture):
-        return Answer(version, False, f"TensorRT-RTX {version} does not build for {job.architecture}")
+        raise BuildError(f"TensorRT-RTX {trt.__version__} does not build for {job.architecture}")
     ranges = {
         name: ShapeRange(*(tuple(shape[key]) for key in ("least", "usual", "most")))
         for name, shape in (job.shapes or {}).items()
     }
     settings = BuildSettings(profiles=(ranges,) if ranges else (), compute_capabilities=(job.architecture,))
-    try:
-        built = build_engine(trt, graph, settings, job.graph)
-    except BuildError as error:
-        return Answer(version, False, str(error))
-    Path(job.engine).write_bytes(built.engine)
-    return Answer(version, True, "")
-
-
-def _parse(trt: Any, graph: bytes, path: str) -> str | None:
-    """Why the parser refuses; None: it does not."""
-    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if parser.parse(graph, path):
-        return None
-    errors = [parser.get_error(number) for number in range(parser.num_errors)]
-    return "; ".join(f"{error.node_operator()} '{error.node_name()}': {error.desc()}" for error in errors)
+    Path(job.engine).write_bytes(build_engine(trt, graph, settings, job.graph).engine)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from device_agent.engines.tensorrt_build import BuildError, serving_ranges
+from device_agent.engines.tensorrt_settings import BuildError, serving_ranges
 from device_agent.manifest import EngineBuild, ShapeRange
 from edgekit.builders import rtx
 from edgekit.builders.registry import Built
