@@ -303,7 +303,18 @@ def _not_certain(outcome: search.Outcome, contract: Contract) -> dict[str, str]:
 
 def _engines(prepared: Prepared, chosen: search.Candidate) -> list[dict[str, Any]]:
     """What was built for each profile; those with ONNX Runtime are served by the portable graph itself."""
-    keys = ("builder", "version", "target", "built", "executed", "why", "changes", "not_on_dla")
+    keys = (
+        "builder",
+        "version",
+        "target",
+        "built",
+        "executed",
+        "why",
+        "changes",
+        "not_on_dla",
+        "layers",
+        "layers_why",
+    )
     others = [device for device in prepared.further if device.runtime.name != "onnxruntime"]
     sources = [(prepared.profile, chosen.engine), *zip(others, chosen.targets, strict=True)]
     return [

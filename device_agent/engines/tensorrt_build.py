@@ -62,6 +62,7 @@ def build_engine(
         not_on_dla=not_on_dla,
         constrained=constrained,
         warnings=tuple(dict.fromkeys(said.warnings)),
+        layer_listing=said.layers,
     )
 
 

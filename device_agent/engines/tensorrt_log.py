@@ -25,7 +25,13 @@ class Said:
     def __init__(self, trt: TensorRt) -> None:
         self.errors: Deque[str] = deque(maxlen=_KEPT)
         self.warnings: Deque[str] = deque(maxlen=_KEPT)
-        self.logger = _logger(trt, self.errors, self.warnings)
+        self._listings: Deque[str] = deque(maxlen=1)
+        self.logger = _logger(trt, self.errors, self.warnings, self._listings)
+
+    @property
+    def layers(self) -> str:
+        """Of the last engine that was built, where the builder lists them: TensorRT-RTX does."""
+        return self._listings[0] if self._listings else ""
 
     def why(self, otherwise: str) -> str:
         """What went wrong since this was last asked: the first error, which the others follow from."""
@@ -34,7 +40,7 @@ class Said:
         return first
 
 
-def _logger(trt: TensorRt, errors: Deque[str], warnings: Deque[str]) -> ILogger:
+def _logger(trt: TensorRt, errors: Deque[str], warnings: Deque[str], listings: Deque[str]) -> ILogger:
     if TYPE_CHECKING:
         from tensorrt import ILogger as Base
     else:
@@ -46,5 +52,7 @@ def _logger(trt: TensorRt, errors: Deque[str], warnings: Deque[str]) -> ILogger:
                 errors.append(msg)
             elif severity == trt.ILogger.WARNING:
                 warnings.append(msg)
+            elif msg.startswith("Layers:\n"):
+                listings.append(msg)
 
     return Logger()

@@ -56,6 +56,7 @@ class Built:
         not_on_dla: names of the layers that the DLA cannot run, which the GPU does.
         constrained: how many layers were held to ``layer_precisions``.
         warnings: what TensorRT warned of, each once.
+        layer_listing: the engine's own layers in TensorRT-RTX's words; empty for a TensorRT that lists none.
     """
 
     engine: bytes
@@ -64,6 +65,7 @@ class Built:
     not_on_dla: Tuple[str, ...] = ()
     constrained: int = 0
     warnings: Tuple[str, ...] = ()
+    layer_listing: str = ""
 
 
 def serving_ranges(

@@ -45,5 +45,11 @@ def build(work: Work, profile: Profile, out: Path) -> Built:
                     "check the weights, or choose another --precision",
                 )
     return Built(
-        "onnxruntime", ort.version(), profile.architecture, built=True, executed=True, path=path.name
+        "onnxruntime",
+        ort.version(),
+        profile.architecture,
+        built=True,
+        executed=True,
+        path=path.name,
+        layers_why="made when the graph is loaded; the report's layers are its kernels here",
     )

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgekit.builders.engine_layers import EngineLayer
 from edgekit.builders.work import Work
 from edgekit.profile import Profile
 
@@ -36,6 +37,8 @@ class Built:
         plan: how a device builds its own (``device_agent.manifest.EngineBuild``), where it can.
         changes: what was rewritten in the graph for this runtime.
         not_on_dla: nodes that fall back from the device's DLA to its GPU -> why; by table, not executed.
+        layers: of the engine, fused and with their types; None where it cannot be looked into here.
+        layers_why: the reason, where there are none.
     """
 
     builder: str
@@ -49,6 +52,8 @@ class Built:
     plan: Mapping[str, Any] | None = None
     changes: tuple[str, ...] = ()
     not_on_dla: Mapping[str, str] = field(default_factory=dict)
+    layers: tuple[EngineLayer, ...] | None = None
+    layers_why: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The form that artifacts and reports keep."""

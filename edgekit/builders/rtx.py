@@ -43,11 +43,13 @@ class Answer:
         version: of it; None where it is not installed.
         accepted: whether it parsed, or built where that was asked.
         why: its own words, where it did not.
+        layer_listing: of the engine that was built, in its words; see ``engine_layers``.
     """
 
     version: str | None
     accepted: bool
     why: str
+    layer_listing: str = ""
 
 
 def ask(jobs: Sequence[Job], timeout_s: float) -> list[Answer]:
@@ -108,13 +110,13 @@ def _answer(job: Job) -> Answer:
 
     version = str(trt.__version__)
     try:
-        _do(trt, job)
+        return Answer(version, True, "", _do(trt, job))
     except BuildError as error:
         return Answer(version, False, str(error))
-    return Answer(version, True, "")
 
 
-def _do(trt: Any, job: Job) -> None:
+def _do(trt: Any, job: Job) -> str:
+    """Do it; returns the list of layers of what was built."""
     from device_agent.engines.tensorrt_build import build_engine, read_graph
     from device_agent.engines.tensorrt_settings import BuildError, BuildSettings
     from device_agent.manifest import ShapeRange
@@ -122,7 +124,7 @@ def _do(trt: Any, job: Job) -> None:
     graph = Path(job.graph).read_bytes()
     if job.architecture is None or job.engine is None:
         read_graph(trt, graph, job.graph)
-        return
+        return ""
     if not hasattr(trt.ComputeCapability, job.architecture):
         raise BuildError(f"TensorRT-RTX {trt.__version__} does not build for {job.architecture}")
     ranges = {
@@ -130,7 +132,9 @@ def _do(trt: Any, job: Job) -> None:
         for name, shape in (job.shapes or {}).items()
     }
     settings = BuildSettings(profiles=(ranges,) if ranges else (), compute_capabilities=(job.architecture,))
-    Path(job.engine).write_bytes(build_engine(trt, graph, settings, job.graph).engine)
+    built = build_engine(trt, graph, settings, job.graph)
+    Path(job.engine).write_bytes(built.engine)
+    return built.layer_listing
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 from device_agent.engines.tensorrt_settings import BuildError, serving_ranges
 from device_agent.manifest import EngineBuild, ShapeRange
-from edgekit.builders import rtx
+from edgekit.builders import engine_layers, rtx
 from edgekit.builders.registry import Built
 from edgekit.builders.tensorrt_graph import TensorRtGraph, make
 from edgekit.builders.work import Work
@@ -88,6 +88,7 @@ def _ahead_of_time(
     if answer.version is None or not answer.accepted:
         engine.unlink(missing_ok=True)
         return _not_built(profile, answer.why, version=answer.version, **facts)
+    layers = engine_layers.read(answer.layer_listing)
     return Built(
         profile.runtime.name,
         answer.version,
@@ -95,6 +96,8 @@ def _ahead_of_time(
         built=True,
         executed=False,
         why="there is no such GPU here",
+        layers=layers,
+        layers_why=None if layers else f"TensorRT-RTX {answer.version} did not list them while it built",
         path=str(engine.relative_to(out)),
         fingerprint={
             "sm": sm,
@@ -151,5 +154,12 @@ def _not_on_dla(profile: Profile, names: Mapping[str, str]) -> dict[str, str]:
 
 def _not_built(profile: Profile, why: str, version: str | None = None, **facts: Any) -> Built:
     return Built(
-        profile.runtime.name, version, target(profile), built=False, executed=False, why=why, **facts
+        profile.runtime.name,
+        version,
+        target(profile),
+        built=False,
+        executed=False,
+        why=why,
+        layers_why="there is no engine here to look into",
+        **facts,
     )

@@ -131,11 +131,22 @@ class ContractResult(_Frozen):
     why: dict[str, str]
 
 
+class EngineLayerResult(_Frozen):
+    """A layer of an engine: the nodes that were fused into it, and the types that go in and out."""
+
+    name: str
+    kind: str
+    inputs: list[str]
+    outputs: list[str]
+    nodes: list[str]
+
+
 class EngineResult(_Frozen):
     """An engine, or the reason that there is none.
 
     ``changes`` says what was rewritten in the graph for it; ``not_on_dla`` which nodes fall back from a DLA
-    to the GPU, by the published table and not executed.
+    to the GPU, by the published table and not executed. ``layers`` is what the builder says of the engine
+    that it built; null, with ``layers_why``, where only the device could look into it.
     """
 
     profile: str
@@ -147,6 +158,8 @@ class EngineResult(_Frozen):
     why: str | None
     changes: list[str]
     not_on_dla: dict[str, str]
+    layers: list[EngineLayerResult] | None
+    layers_why: str | None
 
 
 class BundleResult(_Frozen):

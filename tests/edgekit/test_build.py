@@ -19,6 +19,7 @@ from device_agent import manifest_form
 from device_agent.manifest import EngineBuild, ShapeRange
 from edgekit import ort, profile
 from edgekit.artifact import Artifact
+from edgekit.builders import engine_layers
 from edgekit.errors import BadInput
 from edgekit.models import load_model
 from edgekit.stages.registry import Sources
@@ -72,6 +73,7 @@ def test_a_jetson_gets_a_plan_to_build_its_own(tmp_path: Path) -> None:
     planned, fallback = made.metadata["engines"]
     assert (planned["builder"], planned["built"], planned["executed"]) == ("tensorrt", False, False)
     assert "sm 72" in planned["why"]
+    assert (planned["layers"], planned["layers_why"]) == (None, "there is no engine here to look into")
     build = manifest_form.build(EngineBuild, planned["plan"], "plan")
     assert build.requires == {"sm": "72", "tensorrt": "8.5"}
     assert build.shapes["x"] == ShapeRange((1, 3), (4, 3), (4, 3))
@@ -155,6 +157,20 @@ def test_an_rtx_engine_is_really_built(tmp_path: Path, name: str) -> None:
         "precision": "int8",
         "graph": graph_digest,
     }
+    product = next(layer for layer in engine["layers"] if layer["kind"] == "gemm")
+    assert product["inputs"] == ["int8"]
+    assert "product" in product["nodes"]
+    assert "normal" in {node for layer in engine["layers"] for node in layer["nodes"]}
+    assert engine["layers_why"] is None
+
+
+@pytest.mark.parametrize(
+    "listing",
+    ["", "Layers:", "Layers:\n\nI/O Tensors:", "Layers:\nName: a, LayerType: kgen, Inputs: [ { Name: x }]"],
+)
+def test_a_listing_in_another_form_is_no_layers(listing: str) -> None:
+    """Where TensorRT-RTX words its list of layers in another way, there is none, and not a wrong one."""
+    assert engine_layers.read(listing) is None
 
 
 def test_what_tensorrt_rtx_refuses_is_said_in_its_words(tmp_path: Path) -> None:

@@ -74,6 +74,9 @@ def test_the_page_says_what_is_not_met(compressed: Compressed) -> None:
             "profile": "jetson-agx-xavier", "builder": "tensorrt",
             "version": None, "target": "sm_72", "built": False, "executed": False,
             "why": "no driver here", "changes": ["opset lowered"], "not_on_dla": {"normal": "no such layer"},
+            "layers_why": None, "layers": [
+                {"name": "fused", "kind": "gemm", "inputs": ["int8"], "outputs": ["fp16"], "nodes": ["a"]}
+            ],
         }
     )  # fmt: skip
     document["chosen"]["pruning"] = None
@@ -84,6 +87,7 @@ def test_the_page_says_what_is_not_met(compressed: Compressed) -> None:
         "no driver here",
         "opset lowered",
         "normal",
+        "int8 → fp16",
     ):
         assert words in text
 

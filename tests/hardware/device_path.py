@@ -22,6 +22,9 @@ from device_agent.building import process
 from device_agent.building.builds import EngineBuilds
 from device_agent.config import Config
 from device_agent.engines import load_runtime
+from device_agent.engines.tensorrt_build import describe_layers
+from device_agent.engines.tensorrt_log import Said
+from device_agent.engines.tensorrt_module import load
 from device_agent.manifest import MANIFEST_NAME, Manifest, dumps, read
 from device_agent.metrics import Metrics
 from device_agent.selftest import load_arrays
@@ -68,6 +71,13 @@ class DevicePath:
             times_ms.append(1e3 * (time.perf_counter() - begin_s))
         quantiles = {f"p{q}_ms": round(float(np.quantile(times_ms, q / 100)), 3) for q in (50, 95, 99)}
         return {"requests": REQUESTS, **quantiles}
+
+    def layers(self) -> Any:
+        """What TensorRT's inspector says of the engine that was built here."""
+        trt = load(self._runtime())
+        engine_file = next((self.agent.state / "engines").glob("*.engine"))
+        runtime = trt.Runtime(Said(trt).logger)
+        return json.loads(describe_layers(trt, runtime.deserialize_cuda_engine(engine_file.read_bytes())))
 
     def dla(self) -> dict[str, Any]:
         """Build for the DLA, whether or not the bundle asks for it; which layers the GPU keeps."""
@@ -128,7 +138,7 @@ def main(bundle: Path, out: Path) -> int:
         way = DevicePath(bundle, Path(work))
         steps: dict[str, Callable[[], Any]] = {
             step.__name__: step
-            for step in (way.device, way.build, way.latency, way.dla, way.rollback, way.stop)
+            for step in (way.device, way.build, way.latency, way.layers, way.dla, way.rollback, way.stop)
         }
         for name, step in steps.items():
             print(f"{name} ...", file=sys.stderr, flush=True)

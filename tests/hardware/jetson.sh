@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Take a bundle the whole way on a Jetson (or any device with TensorRT), and write one JSON file about it:
-# build, golden check, latency, DLA, update and rollback. Attach the file to a bug report.
+# build, golden check, latency, the engine's layers, DLA, update and rollback. Attach the file to a bug report.
 #
 #   tests/hardware/jetson.sh BUNDLE OUT.json        BUNDLE is an unpacked bundle with `builds` for this device
 #

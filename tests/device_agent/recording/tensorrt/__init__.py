@@ -178,6 +178,10 @@ class ProfilingVerbosity(enum.Enum):
     DETAILED = 0
 
 
+class LayerInformationFormat(enum.Enum):
+    ONELINE, JSON = range(2)
+
+
 class DeviceType(enum.Enum):
     GPU, DLA = range(2)
 
@@ -347,8 +351,16 @@ class Engine:
         shape = self.get_tensor_shape(name)
         return [tuple(size if size > 0 else rows for size in shape) for rows in (1, _MOST, _MOST)]
 
+    def create_engine_inspector(self) -> Inspector:
+        return Inspector()
+
     def create_execution_context(self) -> Context:
         return Context(self)
+
+
+class Inspector:
+    def get_engine_information(self, form: LayerInformationFormat) -> str:
+        return json.dumps({"Layers": [{"Name": "layer"}]})
 
 
 class Context:
