@@ -38,8 +38,7 @@ def write_cache(model: Source, scales: Scales, tensorrt: tuple[int, int, int] = 
     Returns:
         The text of the cache file, the tensors in order of their names.
     """
-    major, minor, patch = tensorrt
-    lines = [f"TRT-{major}{minor}{patch:02d}-{ALGORITHM}"]
+    lines = [f"TRT-{_number(*tensorrt)}-{ALGORITHM}"]
     prepared = prepare(model)
     index = Index(prepared)
     roots = place(prepared, TARGETS["tensorrt"]).tensors
@@ -51,6 +50,11 @@ def write_cache(model: Source, scales: Scales, tensorrt: tuple[int, int, int] = 
             scale = float(symmetric_s8(found.lo, found.hi).scale)
             lines.append(f"{name}: {struct.pack('>f', scale).hex()}")
     return "\n".join(lines) + "\n"
+
+
+def _number(major: int, minor: int, patch: int) -> int:
+    """TensorRT's own number for a version (``NV_TENSORRT_VERSION``), which has a digit more from 10 on."""
+    return (major * 10000 if major >= 10 else major * 1000) + minor * 100 + patch
 
 
 def read_cache(text: str) -> dict[str, float]:

@@ -271,11 +271,16 @@ def _predicted(prepared: Prepared, outcome: search.Outcome) -> dict[str, Any] | 
 
     from edgekit.measure import roofline, work
 
-    if measured_on_target(prepared.sources.device, prepared.profile):
+    if measured_on_target(prepared.sources.device, prepared.profile) or _runs_on_dla(prepared):
         return None
     graph = onnx.load(str(outcome.chosen.engine.path / "model.onnx"))
     operators = work.operators(graph, prepared.sources.model.example(1))
     return roofline.predict(operators, prepared.profile).as_json()
+
+
+def _runs_on_dla(prepared: Prepared) -> bool:
+    dla = prepared.profile.dla
+    return dla is not None and dla.core is not None
 
 
 def _not_measured(prepared: Prepared, found: search.Found) -> dict[str, str]:
@@ -284,6 +289,8 @@ def _not_measured(prepared: Prepared, found: search.Found) -> dict[str, str]:
     if not measured_on_target(prepared.sources.device, prepared.profile):
         where = prepared.sources.device.address or "this host"
         why["latency_ms"] = f"measured on {where} with ONNX Runtime, not on a {prepared.profile.name}"
+    if _runs_on_dla(prepared):
+        why["latency_predicted_ms"] = "the profile's peaks are those of the GPU, and it asks for its DLA"
     if any(record.peak_rss_bytes is None for record in found.records):
         why["stages.peak_rss_bytes"] = "the kernel does not let a process reset its memory high-water mark"
     return why

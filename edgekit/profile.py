@@ -127,6 +127,7 @@ class Dla(_Strict):
 
     Attributes:
         cores: how many TensorRT can use; 0: none, whatever the chip has.
+        core: the one that engines are built for, the GPU running what it cannot; None: the GPU runs all.
         generation: 1 on Xavier, 2 on Orin.
         int8_ops_per_second: dense, of each.
         source: where the figures come from.
@@ -136,6 +137,13 @@ class Dla(_Strict):
     generation: Literal[1, 2]
     int8_ops_per_second: Positive
     source: Text
+    core: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _has_the_core(self) -> Dla:
+        if self.core is not None and self.core >= self.cores:
+            raise ValueError(f"core is {self.core}, of {self.cores} that TensorRT can use")
+        return self
 
 
 class PowerMode(_Strict):

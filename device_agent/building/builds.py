@@ -139,6 +139,11 @@ class EngineBuilds:
             self._set(manifest.name, _report(wanted, "built", seconds=seconds, about=about))
             self._metrics.of_builds(manifest.name).succeeded(seconds)
             _log.info("%s: its %s engine was built in %.0f s", manifest.name, wanted.build.precision, seconds)
+            if wanted.build.dla_core is not None:
+                left, layers = about["not_on_dla"], about["layers"]
+                _log.info(
+                    "%s: on its DLA, the GPU runs %d of its %d layers", manifest.name, len(left), layers
+                )
             return True
 
     def passed_over(self, manifest: Manifest, why: str) -> None:

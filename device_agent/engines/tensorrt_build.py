@@ -3,7 +3,7 @@
 What the releases do not share is asked of the module itself with ``hasattr``, never of its version. Up to
 8.6 flags of the builder say the precision; newer ones take it from the graph's own types and Q/DQ pairs
 (a strongly typed network) unless a calibration cache, a list of precisions or the DLA needs the flags, which
-10.x still has and 11 and RTX have not.
+10.x still has. 11 and RTX have none; the DLA of 11.4 takes a strongly typed network.
 
 Nothing here imports TensorRT: the caller hands over the module, ``tensorrt`` or ``tensorrt_rtx``. The host
 builds ahead of time with this, the agent on the device. Python 3.8.
@@ -50,7 +50,7 @@ def build_engine(
         kept.append(monitor(trt, on_progress))
         config.progress_monitor = kept[-1]
     constrained = constrain(trt, network, config, settings.layer_precisions) if by_flags else 0
-    not_on_dla = put_on_dla(trt, network, config, settings.dla_core)
+    not_on_dla = put_on_dla(trt, builder, network, config, settings.dla_core)
     serialized = builder.build_serialized_network(network, config)
     del kept  # what the builder calls back lives until here
     if serialized is None:
@@ -92,13 +92,15 @@ def _by_flags(trt: TensorRt, settings: BuildSettings) -> bool:
     """
     if not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
         return True
-    needs = settings.calibration_cache or settings.layer_precisions or settings.dla_core is not None
-    if needs and not hasattr(trt.BuilderFlag, "INT8"):
+    needs = settings.calibration_cache or settings.layer_precisions
+    if hasattr(trt.BuilderFlag, "INT8"):
+        return bool(needs) or settings.dla_core is not None  # a DLA that knows no Q/DQ pairs
+    if needs:
         raise BuildError(
-            f"TensorRT {version(trt)} takes no calibration cache, layer precisions or DLA; "
+            f"TensorRT {version(trt)} takes no calibration cache and no layer precisions; "
             "give it a graph whose types and Q/DQ pairs say the precision"
         )
-    return bool(needs)
+    return False
 
 
 def _network_flags(trt: TensorRt, by_flags: bool) -> int:

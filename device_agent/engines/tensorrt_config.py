@@ -150,11 +150,17 @@ def constrain(
 
 
 def put_on_dla(
-    trt: TensorRt, network: INetworkDefinition, config: IBuilderConfig, core: Optional[int]
+    trt: TensorRt, builder: Builder, network: INetworkDefinition, config: IBuilderConfig, core: Optional[int]
 ) -> Tuple[str, ...]:
-    """Let the DLA run what it can and the GPU the rest, whose layers are returned."""
+    """Let the DLA run what it can and the GPU the rest, whose layers are returned.
+
+    Raises:
+        BuildError: this TensorRT reaches no such DLA.
+    """
     if core is None:
         return ()
+    if core >= builder.num_DLA_cores:
+        raise BuildError(f"there is no DLA {core}: TensorRT reaches {builder.num_DLA_cores} here")
     config.default_device_type = trt.DeviceType.DLA
     config.DLA_core = core
     config.set_flag(trt.BuilderFlag.GPU_FALLBACK)

@@ -8,6 +8,7 @@ Neither is executed here.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -28,8 +29,7 @@ FREE_AXIS = (1, 128, 512)
 #: Share of the device's memory that one layer may take while it runs.
 _WORKSPACE_FRACTION = 1 / 16
 _MOST_WORKSPACE_BYTES = 4 << 30
-#: They say what a tensor is made of, and are no work that has to run anywhere.
-_PRECISION_ONLY = {"Cast", "QuantizeLinear", "DequantizeLinear"}
+_DLA_PRECISIONS = {"fp16", "int8"}
 #: Longest build ahead of time; none of the tried graphs took a tenth of it.
 _BUILD_TIMEOUT_S = 600
 
@@ -43,7 +43,8 @@ def build(work: Work, profile: Profile, out: Path) -> Built:
     table = for_profile(profile)
     if table is None:
         return _not_built(profile, f"no table of operators for TensorRT {lowest_version(profile)} or older")
-    graph = make(work, profile, table)
+    dla_core = _dla_core(work, profile)
+    graph = make(work, profile, table, on_dla=dla_core is not None)
     if graph.refused:
         first = graph.refused[0]
         return _not_built(profile, f"its parser does not take {first.op_type} '{first.node}': {first.why}")
@@ -52,16 +53,18 @@ def build(work: Work, profile: Profile, out: Path) -> Built:
     except BuildError as error:
         raise BadInput("the model's shapes do not suit TensorRT", str(error), "fix its axes") from error
     path = _write(graph.model, ".onnx", out)
-    plan = _plan(work, profile, graph, shapes, path, out)
+    plan = _plan(work, profile, graph, shapes, path, dla_core, out)
     facts: dict[str, Any] = {
         "plan": asdict(plan),
         "changes": graph.changes,
-        "not_on_dla": _not_on_dla(profile, graph.names),
+        "not_on_dla": _not_on_dla(profile, work.precision, graph),
     }
     if profile.runtime.name == "tensorrt":
+        where = f"DLA {dla_core} and, for what it cannot run, the GPU" if dla_core is not None else "the GPU"
         why = (
             f"an engine fits one GPU and one TensorRT; a device with sm {profile.accelerator.sm} and "
-            f"TensorRT {lowest_version(profile)} builds it from {path} and serves with ONNX Runtime before"
+            f"TensorRT {lowest_version(profile)} builds it from {path} for {where}, "
+            "and serves with ONNX Runtime before"
         )
         return _not_built(profile, why, **facts)
     return _ahead_of_time(work, profile, out / path, shapes, out, facts)
@@ -115,6 +118,7 @@ def _plan(
     graph: TensorRtGraph,
     shapes: Mapping[str, ShapeRange],
     path: str,
+    dla_core: int | None,
     out: Path,
 ) -> EngineBuild:
     version = lowest_version(profile)
@@ -129,8 +133,13 @@ def _plan(
         shapes=dict(shapes),
         workspace_bytes=min(int(profile.memory.size_bytes * _WORKSPACE_FRACTION), _MOST_WORKSPACE_BYTES),
         calibration_cache=_write(graph.cache.encode(), ".cache", out) if graph.cache else "",
-        layer_precisions=_write(graph.precisions.encode(), ".json", out) if graph.precisions else "",
+        layer_precisions=_write(_json(graph.precisions), ".json", out) if graph.precisions else "",
+        dla_core=dla_core,
     )
+
+
+def _json(precisions: Mapping[str, str]) -> bytes:
+    return json.dumps(dict(precisions), sort_keys=True, indent=1).encode()
 
 
 def _write(content: bytes, suffix: str, out: Path) -> str:
@@ -141,15 +150,33 @@ def _write(content: bytes, suffix: str, out: Path) -> str:
     return str(path)
 
 
-def _not_on_dla(profile: Profile, names: Mapping[str, str]) -> dict[str, str]:
+def _dla_core(work: Work, profile: Profile) -> int | None:
+    """The DLA that the profile asks for, where this candidate can run on one at all.
+
+    Raises:
+        BadInput: the DLA would have to take several shapes.
+    """
+    if dla_for_profile(profile) is None or profile.dla is None or work.precision not in _DLA_PRECISIONS:
+        return None
+    if profile.dla.core is not None and (
+        work.max_batch_size > 1 or any(size < 0 for shape in work.shapes.values() for size in shape[1:])
+    ):
+        raise BadInput(
+            f"{profile.name} asks for its DLA, which takes one shape alone",
+            f"the model is served in batches of up to {work.max_batch_size}, or has a free axis besides",
+            "set export.max_batch_size = 1 and fix the model's axes, or leave dla.core out of the profile",
+        )
+    return profile.dla.core
+
+
+def _not_on_dla(profile: Profile, precision: str, graph: TensorRtGraph) -> dict[str, str]:
     dla = dla_for_profile(profile)
     if dla is None:
         return {}
-    return {
-        name: f"the DLA has no {op_type}"
-        for name, op_type in names.items()
-        if op_type not in dla.operators | _PRECISION_ONLY
-    }
+    if precision not in _DLA_PRECISIONS:
+        return dict.fromkeys(graph.names, f"the DLA has no {precision}")
+    held = {name: "it is held in fp32" for name, kind in graph.precisions.items() if kind == "fp32"}
+    return {**held, **dla.fallback(graph.names)}
 
 
 def _not_built(profile: Profile, why: str, version: str | None = None, **facts: Any) -> Built:

@@ -7,7 +7,6 @@ and Q/DQ pairs say it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 
 #: The last TensorRT of the Jetsons that is told precisions by flags is 8.6; strong types came with 9.
 _STRONGLY_TYPED_FROM = Version("9")
+#: The DLA knew no Q/DQ pairs before 11, which has no flags any more.
+_STRONGLY_TYPED_ON_DLA_FROM = Version("11")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TensorRtGraph:
         changes: what was rewritten for its parser.
         refused: what its parser does not take; then the graph is of no use to it.
         cache: a calibration cache; empty where there is none.
-        precisions: by node; JSON; empty where there are none.
+        precisions: by node; empty where the graph itself says them.
         names: of the nodes, with their operators.
     """
 
@@ -46,19 +47,27 @@ class TensorRtGraph:
     changes: tuple[str, ...]
     refused: tuple[Refused, ...]
     cache: str = ""
-    precisions: str = ""
+    precisions: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
 
 
-def make(work: Work, profile: Profile, table: Table) -> TensorRtGraph:
+def make(work: Work, profile: Profile, table: Table, *, on_dla: bool = False) -> TensorRtGraph:
     """Make the graph, and prove with ONNX Runtime that lowering it changed nothing.
+
+    Args:
+        work: what to build.
+        profile: the device.
+        table: what its parser takes.
+        on_dla: whether the DLA shall run it, not the GPU alone.
 
     Raises:
         BadInput: it did.
         CalibrationError: the graph cannot be read.
     """
     version = lowest_version(profile)
-    by_flags = profile.runtime.name == "tensorrt" and version < _STRONGLY_TYPED_FROM
+    by_flags = profile.runtime.name == "tensorrt" and version < (
+        _STRONGLY_TYPED_ON_DLA_FROM if on_dla else _STRONGLY_TYPED_FROM
+    )
     scales = _scales(work)
     source = _float_graph(work) if by_flags or work.precision == "fp32" else _typed_graph(work, scales)
     lowered = lower(source, table)
@@ -72,13 +81,12 @@ def make(work: Work, profile: Profile, table: Table) -> TensorRtGraph:
         precisions = dict(layer_precisions(source, scales, exclude=work.in_float))
     elif by_flags and work.precision == "fp16":
         precisions = dict.fromkeys(work.in_float, "fp32")
-    named = _inherited(lowered.model, precisions)
     return TensorRtGraph(
         bytes(lowered.model.SerializeToString()),
         lowered.changes,
         lowered.refused,
         cache,
-        json.dumps(named, sort_keys=True, indent=1) if named else "",
+        _inherited(lowered.model, precisions),
         {node.name: node.op_type for node in lowered.model.graph.node},
     )
 

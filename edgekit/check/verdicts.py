@@ -216,12 +216,8 @@ class _Subject:
         table = dla_for_profile(device)
         if table is None:
             return None
-        fallback = {
-            node.name or node.output[0]: f"the DLA has no {node.op_type}"
-            for node in graph.graph.node
-            if node.op_type not in table.operators
-        }
-        return Dla(table.source, len(graph.graph.node), fallback)
+        nodes = {node.name or node.output[0]: node.op_type for node in graph.graph.node}
+        return Dla(table.source, len(graph.graph.node), table.fallback(nodes))
 
     def _oracle(self, table: Table, graph: ModelProto) -> Oracle:
         if table.name not in self._oracles:

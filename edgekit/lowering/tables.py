@@ -7,6 +7,7 @@ newest table that is no newer than its runtime.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -21,6 +22,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+#: They say what a tensor is made of, and are no work that has to run anywhere.
+_PRECISION_ONLY = {"Cast", "QuantizeLinear", "DequantizeLinear"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,15 @@ class DlaTable:
 
     source: str
     operators: frozenset[str]
+
+    def fallback(self, nodes: Mapping[str, str]) -> dict[str, str]:
+        """Nodes that it leaves to the GPU -> why.
+
+        Args:
+            nodes: name -> operator.
+        """
+        able = self.operators | _PRECISION_ONLY
+        return {name: f"the DLA has no {op_type}" for name, op_type in nodes.items() if op_type not in able}
 
 
 def for_profile(profile: Profile) -> Table | None:

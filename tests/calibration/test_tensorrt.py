@@ -110,6 +110,7 @@ def test_cache_format() -> None:
     scales = calibrate(model, [{"x": np.array([[-127.0, 63.5]], np.float32)}])
     assert write_cache(model, scales) == "TRT-8502-EntropyCalibration2\nx: 3f800000\ny: 3f800000\n"
     assert write_cache(model, scales, (8, 6, 1)).startswith("TRT-8601-")
+    assert write_cache(model, scales, (10, 3, 0)).startswith("TRT-100300-")
     assert symmetric_s8(-127.0, 63.5).scale == 1.0
 
 

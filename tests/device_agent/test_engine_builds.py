@@ -9,8 +9,9 @@ import json
 import os
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
 import pytest
@@ -42,8 +43,8 @@ def behave(monkeypatch: pytest.MonkeyPatch) -> Behave:
     return lambda words: monkeypatch.setenv("RECORDING_TENSORRT", words)
 
 
-def _bundle(path: Path, version: int = 1) -> TestBundle:
-    return linear_bundle(path, seed=version, schema=4, builds=BUILDS, version=version)
+def _bundle(path: Path, version: int = 1, builds: Tuple[EngineBuild, ...] = BUILDS) -> TestBundle:
+    return linear_bundle(path, seed=version, schema=4, builds=builds, version=version)
 
 
 def _status(agent: AgentProcess) -> Dict[str, Any]:
@@ -113,6 +114,16 @@ def test_a_first_version_serves_at_once_and_gets_its_engine_later(
     _wait(agent, "built")
     assert _scores(agent) == _expected(1)
     assert agent.stop() == 0
+
+
+def test_what_a_dla_leaves_to_the_gpu_is_in_the_status(
+    start_agent: Start, behave: Behave, tmp_path: Path
+) -> None:
+    """A bundle asks for the DLA: the device builds for it, and names the layers that fall back."""
+    behave("")
+    agent = start_agent(_bundle(tmp_path / "b", builds=(replace(BUILDS[0], dla_core=0),)))
+    assert _wait(agent, "built")["engine_build"]["about"]["not_on_dla"] == ["layer"]
+    assert "the GPU runs 1 of its 1 layers" in agent.log()
 
 
 def test_the_old_version_serves_while_the_new_ones_engine_is_built(

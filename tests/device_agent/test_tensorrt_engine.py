@@ -16,6 +16,8 @@ from device_agent import engines
 from device_agent.engines import cuda
 from device_agent.engines.base import EngineError, EngineSettings, InputError
 from device_agent.engines.source import EngineSource
+from device_agent.engines.tensorrt_build import build_engine
+from device_agent.engines.tensorrt_settings import BuildError, BuildSettings
 from device_agent.errors import Refused
 from device_agent.manifest import TensorSpec
 
@@ -51,6 +53,31 @@ def _engine_file(trt: Any, path: Path, model: Any) -> Path:
 def _open(trt: Any, path: Path, model: Any, **source: Any) -> Any:
     file = _engine_file(trt, path / "m.engine", model)
     return engines.open_here(EngineSource("tensorrt", str(file), **source), EngineSettings())
+
+
+@pytest.mark.parametrize(
+    ("version", "network", "flags"),
+    [("8.5.2.2", 1, {0, 3}), ("10.3.0", 1, {0, 3}), ("11.4.1", 2, {3})],
+)
+def test_a_dla_is_asked_for_and_what_the_gpu_keeps_is_listed(
+    load_double: Load, version: str, network: int, flags: set
+) -> None:
+    """Up to 10 flags give the DLA its precision, from 11 the graph's types; layers it cannot run are named."""
+    trt = load_double(f"version={version}")
+    built = build_engine(trt, linear().SerializeToString(), BuildSettings("fp16", dla_core=1))
+    assert built.not_on_dla == ("layer",)
+    assert f"create_network({network})" in trt.calls
+    assert {call for call in trt.calls if "set_flag" in call} == {
+        f"config.set_flag({flag})" for flag in flags
+    }
+    assert "config.DLA_core = 1" in trt.calls
+    assert trt.calls.index("config.default_device_type") < trt.calls.index("config.DLA_core = 1")
+
+
+def test_a_dla_that_is_not_there_ends_the_build(load_double: Load) -> None:
+    """TensorRT would take the GPU for all of it and say nothing."""
+    with pytest.raises(BuildError, match="there is no DLA 2"):
+        build_engine(load_double(), linear().SerializeToString(), BuildSettings("fp16", dla_core=2))
 
 
 @pytest.mark.parametrize("words", ["", "no-graphs", "integrated"])

@@ -125,6 +125,53 @@ def test_tensorrt_8_gets_cache_and_precisions_instead_of_pairs(tmp_path: Path) -
     assert "normal/Sqrt" in planned["not_on_dla"]
 
 
+def dla_profile(path: Path, base: str) -> profile.Profile:
+    """A profile of one's own that asks for the DLA."""
+    path.write_text(f'extends = "{base}"\nname = "mine"\n[dla]\ncore = 1\n')
+    return profile.load(path)
+
+
+@pytest.mark.parametrize(
+    ("base", "cached"),
+    [("jetson-agx-xavier", True), ("jetson-agx-orin", True), ("jetson-agx-orin-jp7", False)],
+)
+def test_a_plan_for_a_dla_lists_what_falls_back(tmp_path: Path, base: str, cached: bool) -> None:
+    """Where a profile asks for its DLA, the plan names it, with a cache before 11 and pairs from then on."""
+    graph, given = normalizing_artifact(tmp_path / "graph")
+    device = dla_profile(tmp_path / "mine.toml", base)
+    config = {"max_batch_size": 1, "fallback": False}
+    made = run_stage("build", config, given, tmp_path / "out", device, graph=graph)
+    (planned,) = made.metadata["engines"]
+    build = manifest_form.build(EngineBuild, planned["plan"], "plan")
+    assert build.dla_core == 1
+    assert build.shapes["x"] == ShapeRange((1, 8), (1, 8), (1, 8))
+    assert bool(build.calibration_cache) == cached
+    kinds = {node.op_type for node in onnx.load(str(made.path / build.graph)).graph.node}
+    assert ("QuantizeLinear" in kinds) != cached
+    assert planned["not_on_dla"]
+    assert "product" not in planned["not_on_dla"]
+    assert "DLA 1" in planned["why"]
+
+
+def test_a_dla_takes_one_shape_alone(tmp_path: Path) -> None:
+    """Batches of several sizes are refused with what to set, before anything is built."""
+    graph, given = normalizing_artifact(tmp_path / "graph")
+    device = dla_profile(tmp_path / "mine.toml", "jetson-agx-xavier")
+    with pytest.raises(BadInput, match=r"export\.max_batch_size = 1"):
+        run_stage("build", {"max_batch_size": 4}, given, tmp_path / "out", device, graph=graph)
+
+
+def test_a_dla_has_no_fp32(tmp_path: Path) -> None:
+    """A candidate in fp32 is built for the GPU, and every node says why."""
+    graph, given = graph_artifact(tmp_path / "graph", RELU, [1, 3], [1, 3])
+    device = dla_profile(tmp_path / "mine.toml", "jetson-agx-xavier")
+    config = {"max_batch_size": 1, "fallback": False}
+    made = run_stage("build", config, given, tmp_path / "out", device, graph=graph)
+    (planned,) = made.metadata["engines"]
+    assert planned["plan"]["dla_core"] is None
+    assert set(planned["not_on_dla"].values()) == {"the DLA has no fp32"}
+
+
 def test_a_newer_tensorrt_gets_pairs_in_the_graph(tmp_path: Path) -> None:
     """From 10 on the graph itself says int8: symmetric, with float16 around it, and no cache."""
     graph, given = normalizing_artifact(tmp_path / "graph")

@@ -1,4 +1,4 @@
-"""A recording double of TensorRT 8.5 and of the CUDA driver, for machines without a GPU.
+"""A recording double of TensorRT 8.5 to 11 and of the CUDA driver, for machines without a GPU.
 
 It stands where the module ``tensorrt`` is looked for (its parent directory goes on the path) and has the
 parts of its interface that the agent calls. It keeps every call in ``calls``; what TensorRT would compute,
@@ -158,12 +158,12 @@ class LayerType(enum.Enum):
     OTHER, CONSTANT, QUANTIZE = range(3)
 
 
-class NetworkDefinitionCreationFlag(enum.IntEnum):
-    EXPLICIT_BATCH = 0
-
-
-class BuilderFlag(enum.IntEnum):
-    FP16, INT8, TF32, OBEY_PRECISION_CONSTRAINTS, GPU_FALLBACK = range(5)
+_MAJOR = int(__version__.partition(".")[0])
+_NETWORK_FLAGS = {"EXPLICIT_BATCH": 0} if _MAJOR < 11 else {}
+_NETWORK_FLAGS.update({"STRONGLY_TYPED": 1} if _MAJOR >= 10 else {})
+_PRECISION_FLAGS = {"FP16": 0, "INT8": 1, "OBEY_PRECISION_CONSTRAINTS": 9} if _MAJOR < 11 else {}
+NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", _NETWORK_FLAGS)
+BuilderFlag = enum.IntEnum("BuilderFlag", {**_PRECISION_FLAGS, "TF32": 6, "GPU_FALLBACK": 3})
 
 
 class TacticSource(enum.IntEnum):
@@ -248,6 +248,8 @@ class Network:
 class Builder:
     def __init__(self, logger: ILogger) -> None:
         self._logger = logger
+
+    num_DLA_cores = 2
 
     def create_network(self, flags: int) -> Network:
         calls.append(f"create_network({flags})")
