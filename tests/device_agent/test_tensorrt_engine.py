@@ -62,7 +62,7 @@ def _open(trt: Any, path: Path, model: Any, **source: Any) -> Any:
 def test_a_dla_is_asked_for_and_what_the_gpu_keeps_is_listed(
     load_double: Load, version: str, network: int, flags: set
 ) -> None:
-    """Up to 10 flags give the DLA its precision, from 11 the graph's types; layers it cannot run are named."""
+    """Up to 10 flags give the DLA its precision, from 11 the graph's types; what it cannot run is named."""
     trt = load_double(f"version={version}")
     built = build_engine(trt, linear().SerializeToString(), BuildSettings("fp16", dla_core=1))
     assert built.not_on_dla == ("layer",)

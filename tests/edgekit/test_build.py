@@ -125,20 +125,27 @@ def test_tensorrt_8_gets_cache_and_precisions_instead_of_pairs(tmp_path: Path) -
     assert "normal/Sqrt" in planned["not_on_dla"]
 
 
-def dla_profile(path: Path, base: str) -> profile.Profile:
+def dla_profile(path: Path, base: str, tensorrt: str) -> profile.Profile:
     """A profile of one's own that asks for the DLA."""
-    path.write_text(f'extends = "{base}"\nname = "mine"\n[dla]\ncore = 1\n')
+    runtime = f'[runtime]\nversions = "=={tensorrt}.*"\n'
+    path.write_text(f'extends = "{base}"\nname = "mine"\n[dla]\ncore = 1\n{runtime}')
     return profile.load(path)
 
 
 @pytest.mark.parametrize(
-    ("base", "cached"),
-    [("jetson-agx-xavier", True), ("jetson-agx-orin", True), ("jetson-agx-orin-jp7", False)],
+    ("base", "tensorrt", "cached"),
+    [
+        ("jetson-agx-xavier", "8.5.2", True),
+        ("jetson-agx-orin", "10.3", True),
+        ("jetson-agx-orin", "11.4", False),
+    ],
 )
-def test_a_plan_for_a_dla_lists_what_falls_back(tmp_path: Path, base: str, cached: bool) -> None:
+def test_a_plan_for_a_dla_lists_what_falls_back(
+    tmp_path: Path, base: str, tensorrt: str, cached: bool
+) -> None:
     """Where a profile asks for its DLA, the plan names it, with a cache before 11 and pairs from then on."""
     graph, given = normalizing_artifact(tmp_path / "graph")
-    device = dla_profile(tmp_path / "mine.toml", base)
+    device = dla_profile(tmp_path / "mine.toml", base, tensorrt)
     config = {"max_batch_size": 1, "fallback": False}
     made = run_stage("build", config, given, tmp_path / "out", device, graph=graph)
     (planned,) = made.metadata["engines"]
@@ -156,7 +163,7 @@ def test_a_plan_for_a_dla_lists_what_falls_back(tmp_path: Path, base: str, cache
 def test_a_dla_takes_one_shape_alone(tmp_path: Path) -> None:
     """Batches of several sizes are refused with what to set, before anything is built."""
     graph, given = normalizing_artifact(tmp_path / "graph")
-    device = dla_profile(tmp_path / "mine.toml", "jetson-agx-xavier")
+    device = dla_profile(tmp_path / "mine.toml", "jetson-agx-xavier", "8.5.2")
     with pytest.raises(BadInput, match=r"export\.max_batch_size = 1"):
         run_stage("build", {"max_batch_size": 4}, given, tmp_path / "out", device, graph=graph)
 
@@ -164,7 +171,7 @@ def test_a_dla_takes_one_shape_alone(tmp_path: Path) -> None:
 def test_a_dla_has_no_fp32(tmp_path: Path) -> None:
     """A candidate in fp32 is built for the GPU, and every node says why."""
     graph, given = graph_artifact(tmp_path / "graph", RELU, [1, 3], [1, 3])
-    device = dla_profile(tmp_path / "mine.toml", "jetson-agx-xavier")
+    device = dla_profile(tmp_path / "mine.toml", "jetson-agx-xavier", "8.5.2")
     config = {"max_batch_size": 1, "fallback": False}
     made = run_stage("build", config, given, tmp_path / "out", device, graph=graph)
     (planned,) = made.metadata["engines"]
