@@ -19,14 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 SIZE = 0.35
 ALIGNMENT = 8
 MAX_LAYER_RATIO = 0.95
 OPSET = 18
-CALIBRATION_SAMPLES = 8
+CALIBRATION_SAMPLES, JUDGES = 16, 4
 BATCHES = (1, 3)
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 
 
 class Account:
@@ -67,7 +66,7 @@ def _run(account: Account) -> None:
 
     from benchmarks.menagerie.models import subjects
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    torch.set_num_threads(THREADS)
     subject = subjects()[account.facts["model"]]
     account.facts["kind"] = subject.kind
     with account.step("build"):
@@ -82,12 +81,11 @@ def _run(account: Account) -> None:
         with account.step("export"):
             account.facts["exporter"], account.facts["not_dynamo"] = _export(pruned, subject, path)
         with account.step("int8"):
-            int8, tensorrt = _quantize(account, subject, path)
+            int8 = _quantize(account, subject, path)
         with account.step("tensorrt-rtx fp32"):
             _build_engine(path.read_bytes())
         with account.step("tensorrt-rtx int8"):
-            _build_engine(tensorrt)
-        del int8
+            _build_engine(int8)
 
 
 def _set_statistics(module: Any, subject: Any) -> None:
@@ -128,7 +126,7 @@ def _export(module: Any, subject: Any, path: Path) -> tuple[str, str | None]:
     from edgekit.tensors import protocol_dtype
 
     def example(batch: int, _length: int) -> dict[str, Any]:
-        return {name: tensor.numpy() for name, tensor in subject.example(batch).items()}
+        return _arrays(subject, batch)
 
     with torch.no_grad():
         answer = module(*subject.example(2).values())
@@ -152,37 +150,24 @@ def _export(module: Any, subject: Any, path: Path) -> tuple[str, str | None]:
     return export_module(module, model, OPSET, path)
 
 
-def _quantize(account: Account, subject: Any, path: Path) -> tuple[bytes, bytes]:
+def _quantize(account: Account, subject: Any, path: Path) -> bytes:
+    """Make and compare the INT8 graph; the answer is its form for TensorRT."""
     import onnx
-    import onnxruntime as ort
 
-    from calibration import calibrate, quantize
+    from benchmarks.menagerie.int8 import make
 
-    graph = onnx.load(str(path))
-    samples = [
-        {name: tensor.numpy() for name, tensor in subject.example(1, seed=10 + i).items()}
-        for i in range(CALIBRATION_SAMPLES)
-    ]
-    scales = calibrate(graph, samples, threads=2)
-    quantized = quantize(graph, scales)
-    account.facts["quantized"] = len(quantized.report.quantized)
-    int8 = quantized.model.SerializeToString()
-    cosines = []
-    sessions = [ort.InferenceSession(g, providers=["CPUExecutionProvider"]) for g in (str(path), int8)]
-    for batch in BATCHES:
-        feed = {name: tensor.numpy() for name, tensor in subject.example(batch, seed=99).items()}
-        want, got = (session.run(None, feed) for session in sessions)
-        cosines += [_cosine(a, b) for a, b in zip(want, got, strict=True)]
-    account.facts["cosine"] = round(min(cosines), 5)
-    return int8, quantize(graph, scales, "tensorrt").model.SerializeToString()
+    def feeds(count: int, seed: int) -> list[dict[str, Any]]:
+        return [_arrays(subject, 1, seed + i) for i in range(count)]
+
+    unseen = [_arrays(subject, batch, 99) for batch in BATCHES]
+    made = make(onnx.load(str(path)), feeds(CALIBRATION_SAMPLES, 10), feeds(JUDGES, 50), unseen, THREADS)
+    account.facts |= made.facts
+    graph: bytes = made.tensorrt.SerializeToString()
+    return graph
 
 
-def _cosine(a: Any, b: Any) -> float:
-    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("an output is not finite")
-    length = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / length if length else 1.0
+def _arrays(subject: Any, batch: int, seed: int = 0) -> dict[str, Any]:
+    return {name: tensor.numpy() for name, tensor in subject.example(batch, seed).items()}
 
 
 def _build_engine(graph: bytes) -> None:
