@@ -21,6 +21,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -90,15 +91,28 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _run(python: str, name: str) -> dict[str, Any]:
     """One model in a process of its own; what it said last, and why it ended if it was stopped."""
-    worker = subprocess.Popen(
-        [python, "-m", "benchmarks.menagerie.worker", name],
-        cwd=HERE.parent,
-        env=_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        preexec_fn=_limit_cpu,  # a busy machine must not make failures
-    )
+    with tempfile.TemporaryFile("w+") as said:  # a pipe that nobody reads holds 64 KiB, and then the worker
+        worker = subprocess.Popen(
+            [python, "-m", "benchmarks.menagerie.worker", name],
+            cwd=HERE.parent,
+            env=_environment(),
+            stdout=said,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=_limit_cpu,  # a busy machine must not make failures
+        )
+        why = _watch(worker)
+        said.seek(0)
+        lines = said.read().splitlines()
+    facts: dict[str, Any] = json.loads(lines[-1]) if lines else {"model": name, "step": "start"}
+    if worker.returncode == -signal.SIGXCPU:
+        why = f"took more than {CPU_LIMIT_S} s of processor time"
+    if facts["step"] != "done" and "why" not in facts:
+        facts["why"] = why or f"the process ended with {worker.returncode}"
+    return facts
+
+
+def _watch(worker: subprocess.Popen[bytes]) -> str | None:
+    """Wait for a worker; why it was killed, if it was."""
     why, began = None, time.monotonic()
     while worker.poll() is None:
         time.sleep(0.2)
@@ -109,13 +123,7 @@ def _run(python: str, name: str) -> dict[str, Any]:
         if why:
             worker.kill()
             worker.wait()
-    lines = worker.stdout.read().splitlines() if worker.stdout else []
-    facts: dict[str, Any] = json.loads(lines[-1]) if lines else {"model": name, "step": "start"}
-    if worker.returncode == -signal.SIGXCPU:
-        why = f"took more than {CPU_LIMIT_S} s of processor time"
-    if facts["step"] != "done" and "why" not in facts:
-        facts["why"] = why or f"the process ended with {worker.returncode}"
-    return facts
+    return why
 
 
 def _limit_cpu() -> None:

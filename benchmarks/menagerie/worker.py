@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +108,7 @@ def _prune(account: Account, module: Any, subject: Any) -> Any:
     scores = pruning.scores_of(module, structure, "magnitude", (), 0)
     least = {group.name: 0 for group in structure.prunable}
     account.facts["prunable"] = round(1 - structure.parameters(least) / structure.parameters({}), 4)
-    account.facts["kept_whole"] = {group.name: group.why for group in structure.groups if group.why}
+    account.facts["kept_whole"] = Counter(group.why for group in structure.groups if group.why)
     widths, _ = pruning.globally(
         structure, scores, SIZE, max_layer_ratio=MAX_LAYER_RATIO, alignment=ALIGNMENT
     )

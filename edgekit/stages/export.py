@@ -8,10 +8,11 @@ was taken and why.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,10 +139,19 @@ def _dynamo(module: nn.Module, model: Model, opset: int, path: Path) -> None:
         output_names=[spec.name for spec in model.outputs],
         opset_version=opset,
         dynamo=True,
-        dynamic_shapes=free,
+        dynamic_shapes=_by_parameter(module.forward, free),
         external_data=False,
         verbose=False,
     )
+
+
+def _by_parameter(forward: Callable[..., Any], free: tuple[Any, ...]) -> tuple[Any, ...]:
+    """torch.export asks for one entry a parameter: what ``*inputs`` takes is a tuple of its own."""
+    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return free
+    before = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*free[:before], free[before:])
 
 
 def _torchscript(module: nn.Module, model: Model, opset: int, path: Path) -> None:
@@ -221,5 +231,6 @@ def _quiet() -> Iterator[None]:
 def _first_line(error: Exception) -> str:
     if isinstance(error, EdgekitError):
         return f"{error.what}: {error.why}"
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+    cause = error.__cause__ or error  # the exporter's own error says how to report it
+    text = str(cause).strip()
+    return f"{type(cause).__name__}: {text.splitlines()[0] if text else 'no message'}"

@@ -55,6 +55,25 @@ def test_any_batch_gives_the_module_s_outputs(tmp_path: Path) -> None:
     assert made.metadata["params"] == sum(p.numel() for p in model.module().parameters())
 
 
+class AnyInputs(nn.Module):
+    """Takes its inputs by position, as the wrapper of a transformers model does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = TwoInTwoOut()
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.body(*inputs)
+
+
+def test_inputs_by_position_take_the_first_path_too(tmp_path: Path) -> None:
+    """A forward of ``*inputs`` has a free batch axis in the newer exporter as well."""
+    model = torch_model(AnyInputs, left=(4,), right=(3,))
+    made = run_stage("export", EXPORT, sources(model), tmp_path / "out")
+    assert (made.metadata["exporter"], made.metadata["why"]) == ("dynamo", None)
+    _same(made.path / "model.onnx", model.module(), 5, **model.example(5))
+
+
 def test_names_and_order_are_the_signature_s(tmp_path: Path) -> None:
     """Several inputs and outputs keep their names and their order."""
     model = torch_model(TwoInTwoOut, left=(4,), right=(3,))
