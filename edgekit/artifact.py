@@ -7,6 +7,7 @@ temporary directory and renamed into place when it is whole.
 
     WORKDIR/lock               held by the run that uses this directory
     WORKDIR/artifacts/KEY/     artifact.json and data/
+    WORKDIR/timings/           what was measured of this machine to make later work faster; may be deleted
     WORKDIR/tmp/               unfinished work; emptied when the directory is opened and closed
 """
 
@@ -61,6 +62,11 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    @property
+    def timings(self) -> Path:
+        """Folder for what is measured of this machine, which no artifact depends on."""
+        return self.root / "timings"
 
     def get(self, key: str) -> Artifact | None:
         """Return the artifact of ``key``, or None if it is absent, or its record or a file was damaged."""
@@ -133,7 +139,7 @@ def open_store(root: Path) -> Iterator[Store]:
         BadInput: another run uses it, or it cannot be written.
     """
     try:
-        for part in ("artifacts", "tmp"):
+        for part in ("artifacts", "timings", "tmp"):
             (root / part).mkdir(parents=True, exist_ok=True)
         lock = (root / "lock").open("w")
     except OSError as error:

@@ -238,9 +238,16 @@ class _Builder:
             "inputs": {role: self._made[name].key for role, name in inputs.items()},
             "sources": {name: self._sources.digest(name) for name in stage.reads},
             "profile": {name: device[name] for name in stage.profile},
-            "tools": {name: importlib.metadata.version(name) for name in stage.libraries},
+            "tools": {name: _version(name) for name in stage.libraries},
         }
         return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def measured_on_target(device: Device, profile: Profile) -> bool:

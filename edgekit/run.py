@@ -86,7 +86,9 @@ def _make(
     store: Store,
     tick: Tick,
 ) -> Artifact:
-    inputs = Inputs(sources, {role: artifacts[name] for role, name in step.inputs.items()}, tick)
+    inputs = Inputs(
+        sources, {role: artifacts[name] for role, name in step.inputs.items()}, tick, store.timings
+    )
     stage_run: Callable[..., Mapping[str, object]] = step.stage.load().run
 
     def make(out: Path) -> Mapping[str, object]:

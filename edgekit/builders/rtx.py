@@ -6,14 +6,12 @@ ask([Job("model.onnx", "SM89", shapes, "m.engine")])  build an engine for a GPU 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from edgekit.builders import child
 
 _NOT_INSTALLED = "TensorRT-RTX is not installed here (the package tensorrt-rtx-cu13)"
 
@@ -61,44 +59,15 @@ def ask(jobs: Sequence[Job], timeout_s: float) -> list[Answer]:
     """
     answers: list[Answer] = []
     while len(answers) < len(jobs):
-        answers += _run(jobs[len(answers) :], timeout_s)
+        rest = [asdict(job) for job in jobs[len(answers) :]]
+        found, how = child.ask(__name__, rest, timeout_s)
+        answers += [Answer(**raw) for raw in found]
+        if len(found) < len(rest):
+            answers.append(Answer(None, False, f"TensorRT-RTX {how}"))
     return answers
 
 
-def _run(jobs: Sequence[Job], timeout_s: float) -> list[Answer]:
-    """Answers of one process: all of them, or those up to the one that it did not survive."""
-    with tempfile.TemporaryDirectory(prefix="edgekit-") as temporary:
-        questions, answers = Path(temporary, "jobs.json"), Path(temporary, "answers.jsonl")
-        questions.write_text(json.dumps([asdict(job) for job in jobs]))
-        answers.touch()
-        try:
-            ended = subprocess.run(
-                [sys.executable, "-m", __name__, str(questions), str(answers)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                timeout=timeout_s,
-                check=False,
-            )
-            how = f"TensorRT-RTX died with exit code {ended.returncode}"
-        except subprocess.TimeoutExpired:
-            how = f"TensorRT-RTX took more than {timeout_s:g} s"
-        found = [Answer(**json.loads(line)) for line in answers.read_text().splitlines()]
-    if len(found) < len(jobs):
-        found.append(Answer(None, False, how))
-    return found
-
-
 # The child
-
-
-def main(questions: Path, answers: Path) -> None:
-    """Answer the jobs in a file, a line each."""
-    jobs = [Job(**raw) for raw in json.loads(questions.read_text())]
-    with answers.open("a", encoding="utf-8") as stream:
-        for job in jobs:
-            stream.write(json.dumps(asdict(_answer(job))) + "\n")
-            stream.flush()
 
 
 def _answer(job: Job) -> Answer:
@@ -138,4 +107,4 @@ def _do(trt: Any, job: Job) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    child.serve(lambda raw: asdict(_answer(Job(**raw))))

@@ -1,8 +1,8 @@
 """TensorRT: engines ahead of time where that is possible, and for every device a plan to build its own.
 
 TensorRT-RTX builds for its GPUs on any machine. TensorRT itself builds only on a GPU of the same kind, with
-the same release: for a Jetson the bundle carries the lowered graph and the settings, and the device builds.
-Neither is executed here.
+the same release: where this machine is not one, the bundle carries the lowered graph and the settings, and
+the device builds. Neither is executed here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from device_agent.engines.tensorrt_settings import BuildError, serving_ranges
 from device_agent.manifest import EngineBuild, ShapeRange
-from edgekit.builders import engine_layers, rtx
+from edgekit.builders import engine_layers, here, rtx
 from edgekit.builders.registry import Built
 from edgekit.builders.tensorrt_graph import TensorRtGraph, make
 from edgekit.builders.work import Work
@@ -59,15 +59,8 @@ def build(work: Work, profile: Profile, out: Path) -> Built:
         "changes": graph.changes,
         "not_on_dla": _not_on_dla(profile, work.precision, graph),
     }
-    if profile.runtime.name == "tensorrt":
-        where = f"DLA {dla_core} and, for what it cannot run, the GPU" if dla_core is not None else "the GPU"
-        why = (
-            f"an engine fits one GPU and one TensorRT; a device with sm {profile.accelerator.sm} and "
-            f"TensorRT {lowest_version(profile)} builds it from {path} for {where}, "
-            "and serves with ONNX Runtime before"
-        )
-        return _not_built(profile, why, **facts)
-    return _ahead_of_time(work, profile, out / path, shapes, out, facts)
+    make_engine = _here_or_there if profile.runtime.name == "tensorrt" else _ahead_of_time
+    return make_engine(work, profile, plan, out, facts)
 
 
 def target(profile: Profile) -> str:
@@ -75,18 +68,41 @@ def target(profile: Profile) -> str:
     return f"sm_{profile.accelerator.sm}, {profile.runtime.name} {profile.runtime.versions}"
 
 
-def _ahead_of_time(
-    work: Work,
-    profile: Profile,
-    graph: Path,
-    shapes: Mapping[str, ShapeRange],
-    out: Path,
-    facts: Mapping[str, Any],
+def _here_or_there(
+    work: Work, profile: Profile, plan: EngineBuild, out: Path, facts: Mapping[str, Any]
 ) -> Built:
-    sm = str(profile.accelerator.sm)
-    engine = out / "engines" / f"{graph.stem}.sm{sm}.engine"
-    engine.parent.mkdir(exist_ok=True)
-    job = rtx.Job(str(graph), f"SM{sm}", {name: asdict(shape) for name, shape in shapes.items()}, str(engine))
+    """The engine, where this machine is such a device; else the device builds it."""
+    engine = _place(out, plan.graph, profile)
+    answer = here.build(plan, out, engine, work.timings)
+    if answer.built:
+        return Built(
+            profile.runtime.name,
+            answer.version,
+            target(profile),
+            built=True,
+            executed=False,
+            why="it was built on this machine's GPU, and the agent is the first to run it",
+            layers_why="tests/hardware/jetson.sh writes what TensorRT's inspector says of them",
+            path=str(engine.relative_to(out)),
+            fingerprint=_fingerprint(work, profile, str(answer.version), out / plan.graph),
+            **facts,
+        )
+    engine.unlink(missing_ok=True)
+    where = "its GPU" if plan.dla_core is None else f"its DLA {plan.dla_core}, and the GPU for the rest"
+    why = (
+        f"an engine fits one GPU and one TensorRT ({answer.why}); a device with sm {profile.accelerator.sm} "
+        f"and TensorRT {lowest_version(profile)} builds it from {plan.graph} for {where}, "
+        "and serves with ONNX Runtime before"
+    )
+    return _not_built(profile, why, **facts)
+
+
+def _ahead_of_time(
+    work: Work, profile: Profile, plan: EngineBuild, out: Path, facts: Mapping[str, Any]
+) -> Built:
+    graph, engine = out / plan.graph, _place(out, plan.graph, profile)
+    shapes = {name: asdict(shape) for name, shape in plan.shapes.items()}
+    job = rtx.Job(str(graph), f"SM{profile.accelerator.sm}", shapes, str(engine))
     (answer,) = rtx.ask([job], timeout_s=_BUILD_TIMEOUT_S)
     if answer.version is None or not answer.accepted:
         engine.unlink(missing_ok=True)
@@ -102,14 +118,25 @@ def _ahead_of_time(
         layers=layers,
         layers_why=None if layers else f"TensorRT-RTX {answer.version} did not list them while it built",
         path=str(engine.relative_to(out)),
-        fingerprint={
-            "sm": sm,
-            profile.runtime.name: answer.version,
-            "precision": work.precision,
-            "graph": hashlib.sha256(graph.read_bytes()).hexdigest(),
-        },
+        fingerprint=_fingerprint(work, profile, answer.version, graph),
         **facts,
     )
+
+
+def _place(out: Path, graph: str, profile: Profile) -> Path:
+    """Where the engine from a graph goes."""
+    path = out / "engines" / f"{Path(graph).stem}.sm{profile.accelerator.sm}.engine"
+    path.parent.mkdir(exist_ok=True)
+    return path
+
+
+def _fingerprint(work: Work, profile: Profile, version: str, graph: Path) -> dict[str, str]:
+    return {
+        "sm": str(profile.accelerator.sm),
+        profile.runtime.name: version,
+        "precision": work.precision,
+        "graph": hashlib.sha256(graph.read_bytes()).hexdigest(),
+    }
 
 
 def _plan(

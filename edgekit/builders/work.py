@@ -20,6 +20,7 @@ class Work:
         shapes: of the inputs, -1 where a size is free; the batch first.
         max_batch_size: the largest batch that is promised.
         scales: of an int8 graph, the file of ``calibration.Scales``.
+        timings: folder for what builders measure of this machine, kept from run to run.
         in_float: of an int8 graph, the linear operators that stay in float; of an fp16 graph, those in fp32.
     """
 
@@ -29,5 +30,6 @@ class Work:
     examples: tuple[Mapping[str, Any], ...]
     shapes: Mapping[str, tuple[int, ...]]
     max_batch_size: int
+    timings: Path
     scales: Path | None = None
     in_float: tuple[str, ...] = field(default=())

@@ -60,6 +60,7 @@ def _work(inputs: Inputs, config: Config) -> Work:
         examples=examples,
         shapes={spec.name: tuple(spec.shape) for spec in model.inputs},
         max_batch_size=largest,
+        timings=inputs.timings,
         scales=scales if scales.exists() else None,
         in_float=tuple(graph.metadata.get("in_float", ())),
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -50,11 +51,19 @@ class Sources:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stage is given: the sources, the artifacts it consumes by role, and a progress hook."""
+    """What a stage is given.
+
+    Attributes:
+        sources: what the run starts from.
+        artifacts: those that it consumes, by role.
+        tick: a progress hook.
+        timings: folder for what is measured to make later work faster; no result may depend on it.
+    """
 
     sources: Sources
     artifacts: Mapping[str, Artifact]
     tick: Tick
+    timings: Path
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Stage:
         produces: kind of its artifact.
         reads: names of ``Sources`` that it reads.
         profile: fields of the profile that it looks at.
-        libraries: distributions whose versions can change the result.
+        libraries: distributions whose versions can change the result, or whose absence can.
         loads: own modules that it imports by name while it runs; a reader of its source does not see them.
     """
 
@@ -131,7 +140,7 @@ STAGES: dict[str, Stage] = {
         "engine",
         ("model",),
         ("name", "runtime", "accelerator", "memory", "dla"),
-        ("onnx", "onnxruntime"),
+        ("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13"),
         tuple(dict.fromkeys(BUILDERS.values())),
     ),
     "verify": Stage(

@@ -198,6 +198,13 @@ def test_an_engine_is_built_in_a_process_of_its_own(job: Dict[str, Any]) -> None
     assert Path(job["timing_cache"]).read_bytes() == b"timings"
 
 
+def test_a_build_starts_from_what_the_last_one_measured(job: Dict[str, Any]) -> None:
+    """The device's timing cache goes into the next build and comes back with what that added."""
+    _run(job)
+    _run({**job, "precision": "fp32", "engine": job["engine"] + "2"})
+    assert Path(job["timing_cache"]).read_bytes() == b"timings" * 2
+
+
 @pytest.mark.parametrize(
     ("words", "limits", "reason", "final"),
     [

@@ -92,7 +92,9 @@ def run_stage(
     """Run a stage as the plan would, without the store."""
     stage = STAGES[name]
     out.mkdir(parents=True)
-    inputs = Inputs(given, artifacts, lambda _done, _total: None)
+    timings = out.with_name("timings")
+    timings.mkdir(exist_ok=True)
+    inputs = Inputs(given, artifacts, lambda _done, _total: None, timings)
     made = stage.load().run(inputs, validate_config(stage, config), device or profile.load("x86-cpu"), out)
     return Artifact(stage.produces, out, tree_digest(out), "k" * 64, (), made)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,51 @@ def test_a_jetson_gets_a_plan_to_build_its_own(tmp_path: Path) -> None:
     assert build.shapes["x"] == ShapeRange((1, 3), (4, 3), (4, 3))
     assert onnx.load(str(made.path / build.graph)).opset_import[0].version <= 17
     assert fallback["executed"] is True
+
+
+@pytest.fixture
+def xavier_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builders find a recording double of TensorRT 8.5 on a Xavier."""
+    double = Path(__file__).parents[1] / "device_agent" / "recording"
+    monkeypatch.syspath_prepend(str(double))
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(double), str(root), os.environ.get("PYTHONPATH", "")])
+    )
+
+
+@pytest.mark.usefixtures("xavier_here")
+def test_a_machine_that_is_the_device_builds_the_engine(tmp_path: Path) -> None:
+    """On a Xavier the engine for Xavier is built at once; what was measured for it serves the next build.
+
+    The GPU and TensorRT are a recording double; the process is real.
+    """
+    graph, given = graph_artifact(tmp_path / "graph", RELU, ["n", 3], ["n", 3])
+    device, config = profile.load("jetson-agx-xavier"), {"max_batch_size": 4, "fallback": False}
+    for run in ("first", "second"):
+        made = run_stage("build", config, given, tmp_path / run, device, graph=graph)
+    (engine,) = made.metadata["engines"]
+    assert engine["built"], engine["why"]
+    assert engine["executed"] is False
+    assert (engine["fingerprint"]["sm"], engine["fingerprint"]["tensorrt"]) == ("72", "8.5.2.2")
+    assert (
+        (made.path / engine["path"]).read_bytes().endswith((made.path / engine["plan"]["graph"]).read_bytes())
+    )
+    (timings,) = (tmp_path / "timings").iterdir()
+    assert timings.read_bytes() == b"timings" * 2
+
+
+@pytest.mark.usefixtures("xavier_here")
+def test_an_engine_for_another_device_is_not_built(tmp_path: Path) -> None:
+    """A Xavier builds none for an Orin, and says what differs."""
+    graph, given = graph_artifact(tmp_path / "graph", RELU, ["n", 3], ["n", 3])
+    device = profile.load("jetson-agx-orin")
+    config = {"max_batch_size": 4, "fallback": False}
+    made = run_stage("build", config, given, tmp_path / "out", device, graph=graph)
+    (planned,) = made.metadata["engines"]
+    assert planned["built"] is False
+    assert "it is for sm 87, this machine has 72" in planned["why"]
+    assert list((made.path / "engines").iterdir()) == []
 
 
 def normalizing_artifact(out: Path) -> tuple[Artifact, Sources]:

@@ -1,0 +1,45 @@
+"""One model of the zoo as an ONNX graph, unpruned, in a process of its own.
+
+python -m benchmarks.menagerie.graphs NAME FILE.onnx
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+from benchmarks.menagerie.models import subjects
+from benchmarks.menagerie.worker import _export, _set_statistics
+
+#: A graph of more is held in memory several times over, and the largest do not fit an ONNX file.
+MOST_PARAMETERS = 200_000_000
+
+
+def main() -> None:
+    """Export the model that is named, or end with the reason in one line."""
+    warnings.simplefilter("ignore")
+    try:
+        _write(sys.argv[1], Path(sys.argv[2]))
+    except Exception as error:  # every failure becomes its one-line reason
+        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+
+
+def _write(name: str, path: Path) -> None:
+    import torch
+
+    from edgekit.modules import parameter_count
+
+    subject = subjects()[name]
+    torch.manual_seed(0)
+    module = subject.build().eval()
+    if parameter_count(module) > MOST_PARAMETERS:
+        raise ValueError(f"it has more than {MOST_PARAMETERS:,} parameters")
+    _set_statistics(module, subject)
+    temporary = path.with_suffix(".part")
+    _export(module, subject, temporary)
+    temporary.rename(path)
+
+
+if __name__ == "__main__":
+    main()
