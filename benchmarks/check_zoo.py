@@ -1,7 +1,6 @@
 """``edgekit check`` on the zoo's graphs against every profile: how long it takes, and what it finds.
 
     python benchmarks/check_zoo.py --python ZOO/bin/python --graphs DIR   exports what DIR lacks, then checks
-    python benchmarks/check_zoo.py --graphs DIR                           checks what is in DIR
     python benchmarks/check_zoo.py --python ZOO/bin/python --quick        one of every kind of graph
 
 ZOO is the environment of ``zoo.py``. Only ``check`` itself is timed: reading a graph, lowering it for every
@@ -40,8 +39,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as temporary:
         folder = options.graphs or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        not_exported = _export(options, folder) if options.python else {}
-        found = [_check(path) for path in sorted(folder.glob("*.onnx"), key=lambda path: path.stat().st_size)]
+        reasons = {name: _export(options.python, name, folder) for name in zoo._names(options)}
+        found = [_check(folder / f"{name}.onnx") for name, why in reasons.items() if why is None]
+    not_exported = {name: why for name, why in reasons.items() if why is not None}
     finish(_summary(found, not_exported), options.json)
 
 
@@ -49,32 +49,29 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the document only")
     parser.add_argument("--quick", action="store_true", help="one model of every kind of graph")
-    parser.add_argument("--python", help="the interpreter of the zoo's environment; left out: export nothing")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter of the zoo's environment")
     parser.add_argument("--graphs", type=Path, help="where graphs are kept; left out: they are not")
-    parser.add_argument("--only", nargs="*", default=[], help="names of models to export")
+    parser.add_argument("--only", nargs="*", default=[], help="names of models")
     return parser.parse_args()
 
 
-def _export(options: argparse.Namespace, folder: Path) -> dict[str, str]:
-    """Export what is not there; returns why some was not."""
-    reasons = {}
-    for name in zoo._names(options):
-        path = folder / f"{name}.onnx"
-        if path.exists():
-            continue
-        command = [options.python, "-m", "benchmarks.menagerie.graphs", name, str(path)]
+def _export(python: str, name: str, folder: Path) -> str | None:
+    """Export a model, unless that was tried before; returns why there is no graph."""
+    graph, reason = folder / f"{name}.onnx", folder / f"{name}.txt"
+    if not graph.exists() and not reason.exists():
+        print(f"exporting {name}", file=sys.stderr)
+        command = [python, "-m", "benchmarks.menagerie.graphs", name, str(folder)]
+        quiet = subprocess.DEVNULL
         try:
-            ended = subprocess.run(
+            subprocess.run(
                 command, cwd=zoo.HERE.parent, env=zoo._environment(), timeout=EXPORT_LIMIT_S,
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                stdout=quiet, stderr=quiet,
             )  # fmt: skip
-            why = (ended.stderr.strip().splitlines() or ["no reason"])[-1] if ended.returncode else ""
         except subprocess.TimeoutExpired:
-            why = f"it took more than {EXPORT_LIMIT_S} s"
-        if why:
-            reasons[name] = why
-        print(f"export {name}: {why or 'done'}", file=sys.stderr)
-    return reasons
+            return f"it took more than {EXPORT_LIMIT_S} s"
+    if graph.exists():
+        return None
+    return reason.read_text() if reason.exists() else "the process ended without a reason"
 
 
 def _check(path: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """One model of the zoo as an ONNX graph, unpruned, in a process of its own.
 
-python -m benchmarks.menagerie.graphs NAME FILE.onnx
+    python -m benchmarks.menagerie.graphs NAME DIRECTORY
+
+It writes NAME.onnx there, or NAME.txt with the reason why there is none.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ MOST_PARAMETERS = 200_000_000
 
 
 def main() -> None:
-    """Export the model that is named, or end with the reason in one line."""
+    """Export the model that is named."""
     warnings.simplefilter("ignore")
+    name, directory = sys.argv[1], Path(sys.argv[2])
     try:
-        _write(sys.argv[1], Path(sys.argv[2]))
+        _write(name, directory / f"{name}.onnx")
     except Exception as error:  # every failure becomes its one-line reason
-        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        (directory / f"{name}.txt").write_text(why[:300])
 
 
 def _write(name: str, path: Path) -> None:

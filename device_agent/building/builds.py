@@ -86,7 +86,7 @@ class EngineBuilds:
                 self.missing.set()
             return None
         if self._state(manifest.name) != "built":
-            self._set(manifest.name, _report(wanted, "built"))
+            self._set(manifest.name, _report(wanted, "built", about=self._cache.about(wanted)))
         return with_steps(EngineSource(wanted.build.runtime, str(path), wanted.device), directory, manifest)
 
     def is_missing(self, manifest: Manifest) -> bool:

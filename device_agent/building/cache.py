@@ -21,6 +21,7 @@ from device_agent import durable
 from device_agent.building.choice import Wanted
 
 MAX_ATTEMPTS = 3  # a build that keeps ending with the agent or the device is not begun again
+_OF_THE_FILE = ("model", "fingerprint", "sha256", "size_bytes", "seconds")
 _KEPT_PER_MODEL = 2  # the active version's engine and the fallback's
 
 _log = logging.getLogger(__name__)
@@ -42,6 +43,11 @@ class BuiltEngines:
         _log.error("the engine %s that was built here is damaged; it is built again", path.name)
         self._remove(wanted.key)
         return None
+
+    def about(self, wanted: Wanted) -> Dict[str, Any]:
+        """What came of building an engine, as it was given to :meth:`keep`."""
+        document = self._read(self._path(wanted, "json")) or {}
+        return {key: value for key, value in document.items() if key not in _OF_THE_FILE}
 
     def place(self, wanted: Wanted) -> Path:
         """Where a build writes the engine before :meth:`keep`; what an earlier one left is removed."""

@@ -119,11 +119,14 @@ def test_a_first_version_serves_at_once_and_gets_its_engine_later(
 def test_what_a_dla_leaves_to_the_gpu_is_in_the_status(
     start_agent: Start, behave: Behave, tmp_path: Path
 ) -> None:
-    """A bundle asks for the DLA: the device builds for it, and names the layers that fall back."""
+    """A bundle asks for the DLA: the device builds for it, and names what falls back, after a restart too."""
     behave("")
     agent = start_agent(_bundle(tmp_path / "b", builds=(replace(BUILDS[0], dla_core=0),)))
     assert _wait(agent, "built")["engine_build"]["about"]["not_on_dla"] == ["layer"]
     assert "the GPU runs 1 of its 1 layers" in agent.log()
+    agent.stop()
+    agent.start()
+    assert _status(agent)["engine_build"]["about"]["not_on_dla"] == ["layer"]
 
 
 def test_the_old_version_serves_while_the_new_ones_engine_is_built(
