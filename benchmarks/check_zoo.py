@@ -39,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as temporary:
         folder = options.graphs or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        reasons = {name: _export(options.python, name, folder) for name in zoo._names(options)}
+        reasons = {name: _export(options.python, name, folder) for name in zoo.names(options)}
         found = [_check(folder / f"{name}.onnx") for name, why in reasons.items() if why is None]
     not_exported = {name: why for name, why in reasons.items() if why is not None}
     finish(_summary(found, not_exported), options.json)
@@ -64,7 +64,7 @@ def _export(python: str, name: str, folder: Path) -> str | None:
         quiet = subprocess.DEVNULL
         try:
             subprocess.run(
-                command, cwd=zoo.HERE.parent, env=zoo._environment(), timeout=EXPORT_LIMIT_S,
+                command, cwd=zoo.HERE.parent, env=zoo.environment(), timeout=EXPORT_LIMIT_S,
                 stdout=quiet, stderr=quiet,
             )  # fmt: skip
         except subprocess.TimeoutExpired:

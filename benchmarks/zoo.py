@@ -40,13 +40,13 @@ def main() -> None:
     """Run what has no result yet, and print the summary."""
     options = _options()
     done = {line["model"]: line for line in _read(options.results)}
-    for name in _names(options):
+    for name in names(options):
         if name not in done:
             done[name] = _run(options.python, name)
             with options.results.open("a") as stream:
                 stream.write(json.dumps(done[name]) + "\n")
             print(_shown(done[name]), file=sys.stderr)
-    lines = [done[name] for name in _names(options)]
+    lines = [done[name] for name in names(options)]
     finish(_summary(lines), options.json)
 
 
@@ -60,7 +60,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _names(options: argparse.Namespace) -> list[str]:
+def names(options: argparse.Namespace) -> list[str]:
     """What was asked for, of what the zoo's environment can build."""
     chosen = "z.DOZEN" if options.quick else "z.subjects()"
     script = (
@@ -71,11 +71,12 @@ def _names(options: argparse.Namespace) -> list[str]:
 
 def _call(python: str, *arguments: str) -> str:
     return subprocess.run(
-        [python, *arguments], cwd=HERE.parent, env=_environment(), check=True, capture_output=True, text=True
+        [python, *arguments], cwd=HERE.parent, env=environment(), check=True, capture_output=True, text=True
     ).stdout
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Of processes in the zoo's environment."""
     return {
         **os.environ,
         "PYTHONPATH": str(HERE.parent),
@@ -95,7 +96,7 @@ def _run(python: str, name: str) -> dict[str, Any]:
         worker = subprocess.Popen(
             [python, "-m", "benchmarks.menagerie.worker", name],
             cwd=HERE.parent,
-            env=_environment(),
+            env=environment(),
             stdout=said,
             stderr=subprocess.DEVNULL,
             preexec_fn=_limit_cpu,  # a busy machine must not make failures

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 from benchmarks.menagerie.models import subjects
-from benchmarks.menagerie.worker import _export, _set_statistics
+from benchmarks.menagerie.worker import export, set_statistics
 
 #: A graph of more is held in memory several times over, and the largest do not fit an ONNX file.
 MOST_PARAMETERS = 200_000_000
@@ -39,9 +39,9 @@ def _write(name: str, path: Path) -> None:
     module = subject.build().eval()
     if parameter_count(module) > MOST_PARAMETERS:
         raise ValueError(f"it has more than {MOST_PARAMETERS:,} parameters")
-    _set_statistics(module, subject)
+    set_statistics(module, subject)
     temporary = path.with_suffix(".part")
-    _export(module, subject, temporary)
+    export(module, subject, temporary)
     temporary.rename(path)
 
 

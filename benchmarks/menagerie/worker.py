@@ -73,14 +73,14 @@ def _run(account: Account) -> None:
     with account.step("build"):
         torch.manual_seed(0)
         module = subject.build().eval()
-        _set_statistics(module, subject)
+        set_statistics(module, subject)
     with account.step("prune"):
         pruned = _prune(account, module, subject)
-        _set_statistics(pruned, subject)
+        set_statistics(pruned, subject)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"
         with account.step("export"):
-            account.facts["exporter"], account.facts["not_dynamo"] = _export(pruned, subject, path)
+            account.facts["exporter"], account.facts["not_dynamo"] = export(pruned, subject, path)
         with account.step("int8"):
             int8 = _quantize(account, subject, path)
         with account.step("tensorrt-rtx fp32"):
@@ -89,7 +89,7 @@ def _run(account: Account) -> None:
             _build_engine(int8)
 
 
-def _set_statistics(module: Any, subject: Any) -> None:
+def set_statistics(module: Any, subject: Any) -> None:
     """BatchNorm statistics of random weights are far from what the network sees: measure them."""
     from host_trainer.batchnorm import recalibrate
 
@@ -118,7 +118,8 @@ def _prune(account: Account, module: Any, subject: Any) -> Any:
     return pruned
 
 
-def _export(module: Any, subject: Any, path: Path) -> tuple[str, str | None]:
+def export(module: Any, subject: Any, path: Path) -> tuple[str, str | None]:
+    """Write the graph, proven at several batch sizes; returns what ``export_module`` does."""
     import torch
 
     from device_agent.manifest import TensorSpec
