@@ -18,8 +18,8 @@ import numpy as np
 from common import document, finish, parse_options
 
 from edgekit import bundle, ort, sign
-from edgekit.demo.client import Client
-from edgekit.demo.local_agent import running
+from edgekit.bench.client import Client
+from edgekit.bench.local_agent import running
 from edgekit.deploy import local
 
 ROOT = Path(__file__).parents[1]
@@ -101,10 +101,10 @@ def _served(work: Path, single: Path, requests: int) -> dict[str, float]:
     served_ms, here_ms = [], []
     with running(work, work / "keys") as agent:
         deployed = local.deploy(single, agent.control, lambda _: None)
-        with Client(agent.host, agent.port, deployed.name, "image", "detections") as client:
+        with Client(agent.host, agent.port, deployed.name, ["detections"]) as client:
             for number in range(WARM_UP + requests):
                 image = images[number % len(images)][None]
-                _, took_ms = client.infer(image)
+                _, took_ms = client.infer({"image": image})
                 served_ms.append(took_ms)
                 begin = time.perf_counter()
                 chain.run({"image": image})

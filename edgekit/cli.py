@@ -12,7 +12,16 @@ from typing import Any
 
 import click
 
-from edgekit import __version__, check_command, device_commands, interrupt, train_commands, tuning_commands
+from edgekit import (
+    __version__,
+    bench_command,
+    check_command,
+    device_commands,
+    doctor_command,
+    interrupt,
+    train_commands,
+    tuning_commands,
+)
 from edgekit.console import INTERRUPTED, json_option, path_argument, print_error, print_json
 from edgekit.errors import ContractUnmet, EdgekitError
 
@@ -343,6 +352,8 @@ for command in (
     *train_commands.COMMANDS,
     *tuning_commands.COMMANDS,
     *check_command.COMMANDS,
+    *doctor_command.COMMANDS,
+    *bench_command.COMMANDS,
 ):
     cli.add_command(command)
 

@@ -8,7 +8,7 @@ chain, computed here with ONNX Runtime.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,19 +90,17 @@ def pack_composition(
     """
     models = {step.name: _load(step) for step in steps}
     wired = [_wired(step, models[step.name]) for step in steps]
-    try:
-        ordered = order(wired, list(golden_inputs), outputs)
-    except PlanError as error:
-        raise BadInput(
-            "the steps do not make a model", str(error), "correct the steps' names of tensors"
-        ) from error
+    ordered = ordered_steps(wired, list(golden_inputs), outputs)
     if release.main not in models:
         raise BadInput(
             f"there is no step {release.main!r}",
             "it is named as the main step",
             f"one of: {', '.join(models)}",
         )
-    golden_outputs = _run(ordered, models, golden_inputs, outputs)
+    tensors = Chained(ordered, {name: model.SerializeToString() for name, model in models.items()}).run(
+        golden_inputs
+    )
+    golden_outputs = {name: tensors[name] for name in outputs}
     specs = _specs(ordered, models)
     with tempfile.TemporaryDirectory(prefix="edgekit-") as temporary:
         staging = Path(temporary)
@@ -130,6 +128,68 @@ def pack_composition(
             resources=bundle.resources_of(profile),
         )
         return bundle.pack(staging, manifest, out)
+
+
+class Chained:
+    """Steps that run as one model, in ONNX Runtime on this machine."""
+
+    def __init__(
+        self, steps: Sequence[Step], graphs: Mapping[str, Path | bytes], threads: int | None = None
+    ) -> None:
+        """Load the graphs.
+
+        Args:
+            steps: in the order in which they run.
+            graphs: of each step, a file or a serialized model.
+            threads: as of ``ort.Session``.
+
+        Raises:
+            BadInput: ONNX Runtime does not accept a graph.
+        """
+        self._steps = [(step, ort.Session(graphs[step.name], threads)) for step in steps]
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """All tensors by name, those between the steps too; raises BadInput as ``trace``."""
+        tensors = dict(inputs)
+        for _ in self._run(tensors):
+            pass
+        return tensors
+
+    def trace(self, inputs: Arrays) -> Iterator[tuple[Step, Arrays]]:
+        """Each step with the inputs that its graph gets.
+
+        Raises:
+            BadInput: a step does not run on what the steps before it give.
+        """
+        return self._run(dict(inputs))
+
+    def _run(self, tensors: dict[str, np.ndarray[Any, Any]]) -> Iterator[tuple[Step, Arrays]]:
+        for step, session in self._steps:
+            taken = {own: tensors[name] for own, name in step.inputs.items()}
+            try:
+                made = session.run(taken)
+            except Exception as error:  # ONNX Runtime's own exceptions share no base class
+                raise BadInput(
+                    f"step '{step.name}' does not run on the golden inputs",
+                    str(error).strip().splitlines()[0],
+                    "make the shapes and types of the steps fit each other",
+                ) from error
+            tensors.update({name: made[own] for own, name in step.outputs.items()})
+            yield step, taken
+
+
+def ordered_steps(steps: Sequence[Step], inputs: Sequence[str], outputs: Sequence[str]) -> tuple[Step, ...]:
+    """The steps in the order in which they run.
+
+    Raises:
+        BadInput: they do not make a model of these inputs and outputs.
+    """
+    try:
+        return order(steps, inputs, outputs)
+    except PlanError as error:
+        raise BadInput(
+            "the steps do not make a model", str(error), "correct the steps' names of tensors"
+        ) from error
 
 
 def _path(step: str) -> str:
@@ -171,24 +231,6 @@ def _wired(step: StepFile, model: ModelProto) -> Step:
 def _inputs(model: ModelProto) -> list[ValueInfoProto]:
     constants = {tensor.name for tensor in model.graph.initializer}
     return [info for info in model.graph.input if info.name not in constants]
-
-
-def _run(
-    steps: Sequence[Step], models: Mapping[str, ModelProto], inputs: Arrays, outputs: Sequence[str]
-) -> dict[str, np.ndarray[Any, Any]]:
-    tensors = dict(inputs)
-    for step in steps:
-        session = ort.Session(models[step.name].SerializeToString())
-        try:
-            made = session.run({own: tensors[name] for own, name in step.inputs.items()})
-        except Exception as error:  # ONNX Runtime's own exceptions share no base class
-            raise BadInput(
-                f"step '{step.name}' does not run on the golden inputs",
-                str(error).strip().splitlines()[0],
-                "make the shapes and types of the steps fit each other",
-            ) from error
-        tensors.update({name: made[own] for own, name in step.outputs.items()})
-    return {name: tensors[name] for name in outputs}
 
 
 def _specs(steps: Sequence[Step], models: Mapping[str, ModelProto]) -> dict[str, TensorSpec]:

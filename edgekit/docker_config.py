@@ -26,6 +26,18 @@ _IDENTITY_TOKEN_USER = "<token>"  # noqa: S105  # says that the secret is no pas
 _LOG_IN = "run `docker login`, or a login of another tool that writes the same file"
 
 
+def helper_programs() -> list[str]:
+    """The programs that the file names to keep passwords, whether they are installed or not.
+
+    Raises:
+        BadInput: the file is malformed.
+    """
+    path = _path()
+    config = _read(path)
+    names = [config.get("credsStore"), *_table(config, "credHelpers", path).values()]
+    return sorted({_program(str(name), path) for name in names if name})
+
+
 def credentials_for(host: str) -> Credentials:
     """The credentials for a registry; empty ones where there are none.
 
@@ -36,7 +48,7 @@ def credentials_for(host: str) -> Credentials:
         BadInput: the file is malformed.
         Missing: a credential helper is not installed, or fails.
     """
-    path = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
+    path = _path()
     config = _read(path)
     server = _DOCKER_HUB if host == "docker.io" else host
     helper = _table(config, "credHelpers", path).get(host) or config.get("credsStore")
@@ -48,6 +60,10 @@ def credentials_for(host: str) -> Credentials:
         if address == server or _host_of(address) == host:
             return _from_entry(entry, address, path)
     return Credentials()
+
+
+def _path() -> Path:
+    return Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -90,9 +106,7 @@ def _from_entry(entry: Any, address: str, path: Path) -> Credentials:
 
 def _ask_helper(name: str, server: str, path: Path) -> Credentials | None:
     """What a helper knows of a server; None if it knows nothing."""
-    if not _HELPER.fullmatch(name):
-        raise _malformed(path, f"{name!r} cannot be the name of a credential helper")
-    program = f"docker-credential-{name}"
+    program = _program(name, path)
     try:
         done = subprocess.run(
             [program, "get"], input=server.encode(), capture_output=True, timeout=_HELPER_TIMEOUT_S
@@ -117,6 +131,12 @@ def _ask_helper(name: str, server: str, path: Path) -> Credentials | None:
     if username == _IDENTITY_TOKEN_USER:
         return Credentials(refresh_token=secret)
     return Credentials(username, secret)
+
+
+def _program(name: str, path: Path) -> str:
+    if not _HELPER.fullmatch(name):
+        raise _malformed(path, f"{name!r} cannot be the name of a credential helper")
+    return f"docker-credential-{name}"
 
 
 def _reason(error: Exception) -> str:

@@ -22,12 +22,13 @@ def model_metadata(model: ModelInterface, versions: Sequence[str], runtime: str)
 
 
 def model_config(
-    model: ModelInterface, runtime: str, batching: Optional[Mapping[str, Any]]
+    model: ModelInterface, digest: str, runtime: str, batching: Optional[Mapping[str, Any]]
 ) -> Dict[str, Any]:
     """Answer to ``GET /v2/models/M/config``, as Triton writes it: dims leave the batch axis out.
 
     Args:
         model: what clients see of it.
+        digest: of its bundle, so that clients can tell which one answers.
         runtime: of its engine.
         batching: its ``dynamic_batching``; None: it has no batch axis.
     """
@@ -42,7 +43,7 @@ def model_config(
         "output": [_tensor_config(spec, skip) for spec in model.outputs.values()],
         "instance_group": [{"name": f"{model.name}_0", "kind": "KIND_CPU", "count": 1}],
         "default_model_filename": "model.onnx",
-        "parameters": {},
+        "parameters": {"digest": {"string_value": digest}},
     }
     if batching is not None:
         config["dynamic_batching"] = dict(batching)

@@ -197,7 +197,7 @@ class InferenceService:
         if model.loaded.config is not None:
             return dict(model.loaded.config)
         batching = document(model.loaded.batcher.settings.batching) if model.loaded.batchable else None
-        return model_config(model.interface, model.loaded.engine.runtime, batching)
+        return model_config(model.interface, model.loaded.digest, model.loaded.engine.runtime, batching)
 
     def statistics(self, name: Optional[str] = None, version: Optional[str] = None) -> Dict[str, Any]:
         """Statistics of one model's versions, or of all where ``name`` is None; ProtocolError 404."""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from edgekit import compress as job
 from edgekit import ort, sign
 from edgekit.artifact import disk_full_is_an_error
-from edgekit.demo.client import Client
-from edgekit.demo.local_agent import running
+from edgekit.bench.client import Client
+from edgekit.bench.local_agent import running
 from edgekit.deploy import local
 from edgekit.report.document import Report
 from edgekit.run import Progress, StageRecord
@@ -110,7 +110,7 @@ def _serve(report: Report, held_out: Path, key_name: Path, say: Callable[[str], 
         shutil.copyfile(public, home / "keys" / public.name)
         with running(home, home / "keys") as agent:
             deployed = local.deploy(bundle, agent.control, say)
-            with Client(agent.host, agent.port, deployed.name, "image") as client:
+            with Client(agent.host, agent.port, deployed.name) as client:
                 return _ask(client, Path(report.bundle.path) / "model.onnx", held_out)
 
 
@@ -122,9 +122,9 @@ def _ask(client: Client, graph: Path, held_out: Path) -> Served:
     session = ort.Session(graph)
     identical, times_ms = 0, []
     for image in images:
-        answer, took_ms = client.infer(image[None])
-        expected = next(iter(session.run({"image": image[None]}).values()))
-        identical += int(np.array_equal(answer, expected))
+        answer, took_ms = client.infer({"image": image[None]})
+        expected = session.run({"image": image[None]})
+        identical += int(all(np.array_equal(answer[name], value) for name, value in expected.items()))
         times_ms.append(took_ms)
     p50_ms, p99_ms = (float(value) for value in np.quantile(times_ms, (0.5, 0.99)))
     return Served(len(times_ms), identical, p50_ms, p99_ms)

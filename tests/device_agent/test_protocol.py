@@ -369,10 +369,11 @@ def test_metadata_shows_the_batch_axis_and_config_hides_it() -> None:
     metadata = model_metadata(INTERFACE, ["2", "3"], "onnxruntime")
     assert metadata["inputs"][0] == {"name": "x", "datatype": "FP32", "shape": [-1, 2]}
     assert metadata["versions"] == ["2", "3"]
-    config = model_config(INTERFACE, "onnxruntime", {"max_queue_delay_microseconds": 0})
+    config = model_config(INTERFACE, "d1", "onnxruntime", {"max_queue_delay_microseconds": 0})
     assert config["max_batch_size"] == 4
     assert config["input"][0] == {"name": "x", "data_type": "TYPE_FP32", "dims": [2]}
-    fixed = model_config(INTERFACE, "onnxruntime", None)
+    assert config["parameters"] == {"digest": {"string_value": "d1"}}
+    fixed = model_config(INTERFACE, "d1", "onnxruntime", None)
     assert fixed["max_batch_size"] == 0
     assert fixed["input"][0]["dims"] == [-1, 2]
 

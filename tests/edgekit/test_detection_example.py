@@ -17,8 +17,8 @@ from host_testing import HERE, Result, edgekit
 from safetensors.torch import save_file
 
 from edgekit import bundle, ort, sign
-from edgekit.demo.client import Client
-from edgekit.demo.local_agent import running
+from edgekit.bench.client import Client
+from edgekit.bench.local_agent import running
 from edgekit.deploy import local
 from examples.detection import postprocess, scenes, train
 from examples.detection.detector import Detector
@@ -155,11 +155,12 @@ def test_an_agent_serves_boxes(made: Made) -> None:
     sign.sign(single, private)
     with running(home, home / "keys") as agent:
         deployed = local.deploy(single, agent.control, lambda _: None)
-        with Client(agent.host, agent.port, deployed.name, "image", "detections") as client:
+        with Client(agent.host, agent.port, deployed.name, ["detections"]) as client:
             for rows in (1, 3):
-                answer, _ = client.infer(images[:rows])
-                assert answer.shape == (rows, postprocess.MOST_DETECTIONS, 6)
-                assert np.allclose(answer, chain.run({"image": images[:rows]})["detections"], atol=1e-4)
+                asked = {"image": images[:rows]}
+                answer, _ = client.infer(asked)
+                assert answer["detections"].shape == (rows, postprocess.MOST_DETECTIONS, 6)
+                assert np.allclose(answer["detections"], chain.run(asked)["detections"], atol=1e-4)
 
 
 def test_the_detector_is_small_and_has_what_real_ones_have() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +33,8 @@ class LocalAgent:
 def running(home: Path, keys_dir: Path) -> Iterator[LocalAgent]:
     """Start ``edgekit-agent serve`` with its state below ``home``; stop it with SIGTERM.
 
+    If this process is killed, the agent ends too.
+
     Args:
         home: short enough for a Unix socket's path (about 100 characters).
         keys_dir: the public keys that it trusts.
@@ -48,7 +51,7 @@ def running(home: Path, keys_dir: Path) -> Iterator[LocalAgent]:
         "[http]\nport = 0\n[metrics]\nport = 0\n"
         "[probation]\nduration_s = 0.5\n"  # nobody asks while it lasts, so golden rows decide at once
     )
-    command = [sys.executable, "-m", "device_agent.cli", "serve", "--config", str(config)]
+    command = [sys.executable, "-m", "edgekit.bench.tied", str(os.getpid()), "serve", "--config", str(config)]
     log = home / "agent.log"
     with log.open("w") as sink, subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT) as process:
         try:

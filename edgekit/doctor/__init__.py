@@ -1,0 +1,1 @@
+"""What this machine can do for edgekit, and what is missing: ``edgekit doctor``."""
