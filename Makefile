@@ -30,6 +30,7 @@ $(STAMP): pyproject.toml constraints.txt device_agent/pyproject.toml .ci/tensorr
 	  { echo "edgekit needs Python 3.10 or newer; set PYTHON=python3.11" >&2; exit 4; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_ARGS) -e ./device_agent -e '.[dev]'
+	rm -f $(VENV)/tensorrt_stubs-*.whl
 	$(BIN)/pip download --quiet --no-deps --constraint constraints.txt $(PIP_ARGS) --dest $(VENV) tensorrt-stubs
 	$(BIN)/python .ci/tensorrt_stubs.py $(VENV)/tensorrt_stubs-*.whl
 	@touch $@
