@@ -57,7 +57,11 @@ def _open(trt: Any, path: Path, model: Any, **source: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("version", "network", "flags"),
-    [("8.5.2.2", 1, {0, 3}), ("10.3.0", 1, {0, 3}), ("11.4.1", 2, {3})],
+    [
+        ("8.5.2.2", 1, {"FP16", "GPU_FALLBACK"}),
+        ("10.3.0", 1, {"FP16", "GPU_FALLBACK"}),
+        ("11.4.1", 2, {"GPU_FALLBACK"}),
+    ],
 )
 def test_a_dla_is_asked_for_and_what_the_gpu_keeps_is_listed(
     load_double: Load, version: str, network: int, flags: set

@@ -299,6 +299,10 @@ def test_one_run_serves_a_drawer_of_devices(
         "jetson-agx-orin": (False, False),
         "rtx-4000-ada": (True, False),
     }
+    assert any("int8" in layer["inputs"] for layer in engines["rtx-4000-ada"]["layers"])
+    assert {name for name, engine in engines.items() if engine["layers"] is None} == set(engines) - {
+        "rtx-4000-ada"
+    }
     home = Path(document["bundle"]["path"])
     manifest, _ = read(home)
     assert [(engine.runtime, engine.fingerprint.get("sm")) for engine in manifest.engines] == [

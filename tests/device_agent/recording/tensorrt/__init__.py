@@ -212,10 +212,14 @@ class Recorded:
             raise AttributeError(key)
 
         def call(*arguments: Any) -> Any:
-            calls.append(f"{self.name}.{key}({', '.join(map(str, arguments))})")
+            calls.append(f"{self.name}.{key}({', '.join(map(_word, arguments))})")
             return Recorded(f"{self.name}.{key}")
 
         return call
+
+
+def _word(argument: Any) -> str:
+    return argument.name if isinstance(argument, enum.Enum) else str(argument)
 
 
 class Timings:
