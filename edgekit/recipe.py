@@ -93,7 +93,8 @@ class Recover(_Frozen):
     quantization_aware_epochs: int = Field(0, ge=0)
     """So many more with weights and activations rounded to 8 bits; the search adds some as a last resort."""
     feature_weight: float = Field(0.0, ge=0)
-    """Of the distance of intermediate features of equal shape from the original's, beside the outputs'."""
+    """Of the distance of the activations after each block from the original's, beside the outputs'. Where
+    widths differ, through a projection that is trained along and thrown away."""
     patience: int | None = Field(None, ge=1)
     """Stop after so many epochs without a better loss on an eighth of the data, kept aside; None: never."""
     budget_s: float | None = Field(None, gt=0)

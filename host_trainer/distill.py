@@ -24,6 +24,9 @@ from host_trainer import losses
 from host_trainer.errors import TrainingError
 from host_trainer.structure import blocks
 
+#: Of the mean square: what keeps the projections of channels that are always alike from growing.
+_RIDGE_FRACTION = 1e-4
+
 Batch = Any
 #: Runs a model on a batch; gives a tensor, or a sequence or mapping with tensors.
 Call = Callable[[nn.Module, Batch], Any]
@@ -269,13 +272,33 @@ def _attention(own: Seen, other: Seen) -> Tensor:
 
 
 def _projection(student: Tensor, teacher: Tensor) -> nn.Module:
+    """From the student's width to the teacher's, beginning with the best linear one for this batch.
+
+    A random one would bend the student to itself before it has learnt what the student shows already.
+    """
     axis = 1 if student.ndim == 4 else -1
     narrow, wide = student.shape[axis], teacher.shape[axis]
     if narrow == wide:
         return nn.Identity()
+    weight = _best_linear(*(seen.movedim(axis, -1).flatten(0, -2) for seen in (student, teacher)))
     if student.ndim == 4:
-        return nn.Conv2d(narrow, wide, 1, bias=False, device=student.device, dtype=student.dtype)
-    return nn.Linear(narrow, wide, bias=False, device=student.device, dtype=student.dtype)
+        projection: nn.Module = nn.Conv2d(
+            narrow, wide, 1, bias=False, device=student.device, dtype=student.dtype
+        )
+        weight = weight[..., None, None]
+    else:
+        projection = nn.Linear(narrow, wide, bias=False, device=student.device, dtype=student.dtype)
+    projection.load_state_dict({"weight": weight})
+    return projection
+
+
+def _best_linear(given: Tensor, wanted: Tensor) -> Tensor:
+    """W, (wide, narrow), for which ``given @ W.T`` is nearest to ``wanted``; both (rows, width)."""
+    given, wanted = given.double(), wanted.double()
+    squares = given.T @ given
+    squares.diagonal().add_(_RIDGE_FRACTION * squares.diagonal().mean().clamp_min(_RIDGE_FRACTION))
+    best: Tensor = torch.linalg.solve(squares, given.T @ wanted)
+    return best.T
 
 
 def _check_together(own: Seen, other: Seen, weights: Weights) -> None:

@@ -71,6 +71,7 @@ def _one(arguments: Sequence[str]) -> int:
 
 
 def _several(config: Config, processes: int, arguments: Sequence[str]) -> int:
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     from torch.numa.binding import AffinityMode, NumaOptions
@@ -95,6 +96,8 @@ def _several(config: Config, processes: int, arguments: Sequence[str]) -> int:
         elastic_launch(settings, entrypoint=sys.executable)("-u", *arguments)
     except ChildFailedError as error:
         return int(next(iter(error.failures.values())).exitcode)
+    except SignalException:  # the launcher has told the processes, and waited for them
+        return INTERRUPTED
     return 0
 
 

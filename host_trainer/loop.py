@@ -70,6 +70,7 @@ class Task:
         loss_function: takes the model and a micro-batch, gives a scalar to minimize.
         settings: how to optimize.
         engine: how a step is computed.
+        told_to_end: whether this process was; asked once a step.
     """
 
     model: nn.Module
@@ -79,6 +80,7 @@ class Task:
     loss_function: LossFunction
     settings: TrainSettings
     engine: Engine = field(default_factory=Local)
+    told_to_end: Callable[[], bool] = lambda: False
 
     @property
     def total_steps(self) -> int:
@@ -100,6 +102,7 @@ class Step:
         skipped: the weights will stay as they are: fp16 is looking for its loss scale.
         waited_s: time that the batches took to come.
         micro_batches: what this process computed it from.
+        ending: whether one of the processes was told to end; the same in each.
     """
 
     number: int
@@ -111,6 +114,7 @@ class Step:
     skipped: bool
     waited_s: float
     micro_batches: Sequence[Batch]
+    ending: bool = False
 
     @property
     def loss(self) -> float:
@@ -227,8 +231,9 @@ def _gradient(task: Task, number: int, epoch: int, micro_batches: Sequence[Batch
             engine.backward(loss)
         losses.append(loss.detach())
     norm = engine.clip([p for p in task.model.parameters() if p.requires_grad], settings.clip_norm)
+    ending = losses[0].new_full((), task.told_to_end())
     # One transfer from the device; it waits for the gradient, which must be known before the weights move.
-    rows = engine.gather(torch.stack((torch.stack(losses).sum(), norm.to(losses[0])))).tolist()
+    rows = engine.gather(torch.stack((torch.stack(losses).sum(), norm.to(losses[0]), ending))).tolist()
     return Step(
         number=number,
         total=task.total_steps,
@@ -239,6 +244,7 @@ def _gradient(task: Task, number: int, epoch: int, micro_batches: Sequence[Batch
         skipped=engine.skips(rows[0][1]),
         waited_s=waited_s,
         micro_batches=micro_batches,
+        ending=any(row[2] for row in rows),
     )
 
 

@@ -41,15 +41,16 @@ class Saver(Watcher):
         self._snapshot = snapshot
         self._writes = writes
         self._alert = alert
-        self._told_to_end = False
+        #: Whether this process was told to end.
+        self.told_to_end = False
         #: Step of the newest checkpoint that was begun.
         self.last_step = 0
 
     def after(self, step: Step) -> None:
         """Save where it is due."""
-        if step.number % self._every_steps == 0 or step.number == step.total or self._told_to_end:
+        if step.number % self._every_steps == 0 or step.number == step.total or step.ending:
             self.save(step.number)
-        if self._told_to_end:
+        if step.ending:
             self.finish()
             raise Interrupted
 
@@ -80,15 +81,13 @@ class Saver(Watcher):
 
     @contextmanager
     def listening(self, alone: bool) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM end the run with a checkpoint.
+        """Let Ctrl-C end the run with a checkpoint, and SIGTERM too.
 
-        One of several processes cannot: the others would wait for it. It ends at once; the last checkpoint
-        counts.
+        Several processes end after the same step. One of several ends at once at SIGTERM, and the last
+        checkpoint counts: the launcher sends it to those that wait for one that failed.
         """
-        if not alone:
-            yield
-            return
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
+        before = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield
         finally:
@@ -96,4 +95,4 @@ class Saver(Watcher):
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._told_to_end = True
+        self.told_to_end = True

@@ -16,6 +16,7 @@ from host_trainer.folder import Summary
 from host_trainer.gpu import Gpu
 from host_trainer.health import Health
 from host_trainer.loop import Task, TrainSettings, Watcher, run
+from host_trainer.objective import Inputs
 from host_trainer.parallel import Parallel
 from host_trainer.record import Activations, Journal, Recorder
 from host_trainer.saving import Interrupted, Saver
@@ -88,9 +89,7 @@ class _Run:
     def _prepare(self, part: Share) -> None:
         config, optimize = self._config, self._config.optimize
         loader = open_training(config, part)
-        self._subject = subject.build(
-            config, self._engine.device, lambda: next(iter(loader.batches(0, 0)))[0]
-        )
+        self._subject = subject.build(config, self._engine.device, lambda: _first_batch(config))
         for note in self._subject.notes:
             self._bar.alert(note)
         loss = self._subject.loss
@@ -106,8 +105,9 @@ class _Run:
         )
         model, optimizer = self._engine.prepare(self._subject.module, settings)
         self._task = Task(
-            model, optimizer, loader.batches, loader.steps_per_epoch, loss, settings, self._engine
-        )
+            model, optimizer, loader.batches, loader.steps_per_epoch, loss, settings, self._engine,
+            lambda: self._saver.told_to_end,
+        )  # fmt: skip
 
     def _make_evaluator(self, part: Share) -> Evaluator | None:
         if not self._config.data.eval:
@@ -208,3 +208,10 @@ class _Run:
         if self._engine.rank == 0:
             folder.save_summary(self._config.run, summary)
         return summary
+
+
+def _first_batch(config: Config) -> Inputs:
+    """The inputs that a student is made by: the same in every process, and for any number of them."""
+    loader = open_training(config, share(config, 0, 1))
+    inputs: Inputs = next(iter(loader.batches(0, 0)))[0]
+    return inputs

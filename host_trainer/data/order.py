@@ -6,6 +6,7 @@ each process its part: training has the same steps on any number of processes, a
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -104,7 +105,13 @@ def _loader(samples: Samples, keys: Any, workers: int, config: Config) -> DataLo
         collate_fn=_collate,
         pin_memory=config.parallel.device != "cpu" and _has_gpu(),
         persistent_workers=workers > 0,
+        worker_init_fn=_leave_ctrl_c_to_the_trainer,
     )
+
+
+def _leave_ctrl_c_to_the_trainer(_worker: int) -> None:
+    """A terminal tells every process; the trainer needs batches until its step is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(samples: Sequence[Any]) -> Any:

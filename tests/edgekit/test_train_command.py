@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from host_testing import edgekit
+from host_testing import EDGEKIT, ONE_THREAD, edgekit
 
 ZOO = """
 import numpy as np
@@ -101,3 +106,29 @@ def test_errors_are_three_lines_however_many_processes_there_are(
 def test_a_directory_without_runs_is_said(tmp_path: Path) -> None:
     """Nothing to list is an error, not an empty table."""
     assert edgekit("runs", cwd=tmp_path).code == 2
+
+
+def test_ctrl_c_ends_a_run_of_two_processes_with_a_checkpoint(home: Path) -> None:
+    """As from a terminal, which tells every process there is, the data workers too: exit code 130."""
+    changes = ["run=runs/long", "parallel.processes=2", "optimize.epochs=10000", "data.workers=1"]
+    process = subprocess.Popen(
+        [EDGEKIT, "train", "train.toml", *changes],
+        cwd=home, env={**os.environ, **ONE_THREAD}, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    run = home / "runs" / "long"
+    try:
+        deadline_s = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text()) < 2000:
+            assert process.poll() is None
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, said.decode()
+    assert b"Traceback" not in said
+    summary = json.loads((run / "run.json").read_text())
+    assert summary["state"] == "interrupted"
+    assert (run / "checkpoints" / f"step-{summary['step']:09d}").is_dir()

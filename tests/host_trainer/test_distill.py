@@ -114,6 +114,19 @@ def test_the_model_itself_is_trained_and_stays_plain() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_projection_begins_as_the_best_linear_one() -> None:
+    """So the student is drawn to what the teacher shows, and not to a random image of it."""
+    batch = next(_images(0))
+    model, teacher = _conv(6, 2, seed=1).eval(), _conv(16, 2).eval()
+    student = Student(model, _call, ModuleTeacher(teacher, _call, True), Weights(features=1.0), batch)
+    own, other = (look(net, _call, batch, inside=True).features for net in (model, teacher))
+    for projection, mine, wanted in zip(student.projections, own, other, strict=True):
+        given, target = (x.detach().movedim(1, -1).flatten(0, -2).double() for x in (mine, wanted))
+        best = torch.linalg.lstsq(given, target).solution
+        least = (given @ best - target).square().mean()
+        assert (projection(mine) - wanted).square().mean() < 1.01 * least + 1e-6
+
+
 def test_a_transformer_shows_the_probabilities_of_its_heads() -> None:
     """Rows that add up to 1, one map a layer, and the activation after each block."""
     seen = look(_bert(4, 16).eval(), _call, next(_texts(0)), inside=True)

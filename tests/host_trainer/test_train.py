@@ -117,6 +117,29 @@ def test_dropout_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
     _same(whole, broken, tolerance=0.0)
 
 
+def test_ctrl_c_ends_all_processes_after_the_same_step(alone: Path, tmp_path: Path) -> None:
+    """One of two hears it, both end with one checkpoint of the last step, and one process goes on from there:
+    nothing is lost, and the result is that of a run that nothing disturbed.
+    """
+    run = tmp_path / "run"
+    document = settings(run, data__train="training:slow_points", checkpoint__every_steps=100)
+    started = start(document, 2)
+    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 3:
+        assert all(process.is_alive() for process, _ in started)
+        time.sleep(0.01)
+    os.kill(started[1][0].pid or 0, signal.SIGINT)
+    for process, _ in started:
+        process.join(60)
+    summary = json.loads((run / "run.json").read_text())
+    assert summary["state"] == "interrupted"
+    done = summary["step"]
+    assert 3 <= done == len(metrics(run)) < 20
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{done:09d}"]
+    train({**document, "parallel": {"device": "cpu"}})
+    assert len(metrics(run)) == 20
+    _same(alone, run)
+
+
 def test_a_batch_with_nan_is_named(tmp_path: Path) -> None:
     """The error names the step, the input and the batch's file; the last checkpoint is from before."""
     run = tmp_path / "run"
