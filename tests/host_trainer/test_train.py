@@ -68,6 +68,19 @@ def test_the_loss_curve_depends_on_the_global_batch_alone(
     _same(alone, run)
 
 
+def test_a_student_learns_in_two_processes_as_in_one(alone: Path, tmp_path: Path) -> None:
+    """Features through projections too. Errors are relative to the variance of each process's part of the
+    batch, so the losses are close and not equal.
+    """
+    teacher = {"teacher": "training:net", "features": 1.0}
+    teacher["teacher_weights"] = str(alone / "model" / "model.safetensors")
+    runs = {processes: tmp_path / f"run{processes}" for processes in (1, 2)}
+    for processes, run in runs.items():
+        train(settings(run, model__source="training:narrow_net", distill=teacher), processes)
+    assert metrics(runs[2]) == pytest.approx(metrics(runs[1]), rel=0.05)
+    assert metrics(runs[2])[-1] < 0.8 * metrics(runs[2])[0]
+
+
 @pytest.mark.parametrize(("before", "after", "strategy"), [(2, 1, "ddp"), (1, 2, "fsdp")])
 def test_a_killed_run_goes_on_in_the_middle_of_an_epoch_with_other_processes(
     alone: Path, tmp_path: Path, before: int, after: int, strategy: str

@@ -124,6 +124,12 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), block(), block(), nn.Linear(8, 3))
 
 
+def narrow_net() -> nn.Module:
+    """A student for ``net``: as many blocks, half as wide."""
+    block = lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU())  # noqa: E731
+    return nn.Sequential(nn.Linear(8, 4), block(), block(), nn.Linear(4, 3))
+
+
 def dropping_net() -> nn.Module:
     """The same, with dropout: its steps depend on random numbers."""
     return nn.Sequential(net(), nn.Dropout(0.2))
