@@ -127,6 +127,20 @@ def test_other_versions_of_a_library_count(given_sources: Sources, monkeypatch: 
     assert not changed & {"prune", "recover", "export.original"}
 
 
+def test_a_library_that_is_installed_later_counts(
+    given_sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be built without TensorRT is built once it is there; nothing else is made again."""
+    before = _plan(given_sources)
+    version = plan.importlib.metadata.version
+    monkeypatch.setattr(
+        plan.importlib.metadata, "version", lambda name: "10.3.0" if name == "tensorrt" else version(name)
+    )
+    changed = {name.split(".")[0] for name in _changed(before, _plan(given_sources))}
+    assert "build" in changed
+    assert not {"export", "prune", "recover", "quantize"} & changed
+
+
 def test_an_edited_metric_of_one_s_own_measures_again(
     given_sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
