@@ -18,7 +18,7 @@ from edgekit import ort
 from edgekit.builders import rtx
 from edgekit.check.memory import USABLE_FRACTION, MemoryNeed, need
 from edgekit.errors import BadInput
-from edgekit.lowering.lower import Lowered, Refused, lower, prove
+from edgekit.lowering.lower import Lowered, Refused, lower_shaped, prove_answers, with_shapes
 from edgekit.lowering.tables import Table, dla_for_profile, for_profile
 from edgekit.models import Model
 from edgekit.profile import PRECISIONS, Profile
@@ -161,13 +161,18 @@ class _Subject:
 
     def _lower(self, table: Table) -> tuple[Lowered, float | None]:
         if table.name not in self._lowered:
-            lowered = lower(self._graph, table)
+            lowered = lower_shaped(self._graph, self._shaped, table)
             difference = None
             if lowered.changes and not lowered.refused and self._session_error is None:
-                difference = prove(self._graph, lowered.model, self._examples())
+                difference = prove_answers(self._answers, lowered.model, self._examples)
             self._lowered[table.name] = lowered, difference
         return self._lowered[table.name]
 
+    @cached_property
+    def _shaped(self) -> ModelProto:
+        return with_shapes(self._graph)
+
+    @cached_property
     def _examples(self) -> list[Any]:
         free = self._model.inputs[0].shape[0] == -1
         return [
@@ -175,12 +180,22 @@ class _Subject:
         ]
 
     @cached_property
-    def _session_error(self) -> str | None:
+    def _session(self) -> ort.Session | BadInput:
         try:
-            ort.Session(bytes(self._graph.SerializeToString()))
+            return ort.Session(bytes(self._graph.SerializeToString()))
         except BadInput as error:
-            return error.why
-        return None
+            return error
+
+    @property
+    def _session_error(self) -> str | None:
+        return self._session.why if isinstance(self._session, BadInput) else None
+
+    @cached_property
+    def _answers(self) -> list[Any]:
+        """What the graph itself answers to the examples."""
+        if isinstance(self._session, BadInput):
+            raise self._session
+        return [self._session.run(example) for example in self._examples]
 
     @cached_property
     def _need(self) -> MemoryNeed:

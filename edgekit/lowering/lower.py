@@ -73,12 +73,16 @@ def refusals(model: ModelProto, table: Table) -> tuple[Refused, ...]:
 
 def lower(model: ModelProto, table: Table) -> Lowered:
     """Rewrite what a parser does not take, as far as there are rules; the given model is not changed."""
+    return lower_shaped(model, with_shapes(model), table)
+
+
+def lower_shaped(model: ModelProto, shaped: ModelProto, table: Table) -> Lowered:
+    """As ``lower``, with what ``with_shapes`` made of the model: once for all tables, as it takes a while."""
     lowered = onnx.ModelProto()
-    lowered.CopyFrom(model)
-    if lowered.functions:
-        lowered = onnx.inliner.inline_local_functions(lowered)
+    lowered.CopyFrom(shaped)
     lowered, changes = _old_enough(lowered, table)
-    lowered = _with_shapes(lowered)
+    if changes:
+        lowered = with_shapes(lowered)
     changes += _rewrite(lowered, table)
     refused: tuple[Refused, ...] = ()
     if opset(lowered) > table.highest_opset:
@@ -98,7 +102,13 @@ def lower(model: ModelProto, table: Table) -> Lowered:
 
 
 def prove(model: ModelProto, lowered: ModelProto, examples: Sequence[Arrays]) -> float:
-    """Run both with ONNX Runtime.
+    """Run both with ONNX Runtime; see ``prove_answers``."""
+    original = ort.Session(_serialized(model))
+    return prove_answers([original.run(example) for example in examples], lowered, examples)
+
+
+def prove_answers(wanted: Sequence[Arrays], lowered: ModelProto, examples: Sequence[Arrays]) -> float:
+    """Run a lowered graph with ONNX Runtime, beside what the original answers to the examples.
 
     Returns:
         The largest difference of an output, as a share of the output's largest value.
@@ -106,10 +116,10 @@ def prove(model: ModelProto, lowered: ModelProto, examples: Sequence[Arrays]) ->
     Raises:
         BadInput: they differ, which is a mistake of a rule and no fault of the model.
     """
-    original, other = ort.Session(_serialized(model)), ort.Session(_serialized(lowered))
+    other = ort.Session(_serialized(lowered))
     worst = 0.0
-    for example in examples:
-        want, got = original.run(example), other.run(_as_wanted(lowered, example))
+    for example, want in zip(examples, wanted, strict=True):
+        got = other.run(_as_wanted(lowered, example))
         worst = max([worst, *(_difference(got[name], value) for name, value in want.items())])
     if not worst <= TOLERANCE_FRACTION:
         raise BadInput(
@@ -179,8 +189,10 @@ def _narrow(model: ModelProto) -> list[str]:
     return changes
 
 
-def _with_shapes(model: ModelProto) -> ModelProto:
-    """Shapes and types of what can be inferred; a model that inference chokes on stays as it is."""
+def with_shapes(model: ModelProto) -> ModelProto:
+    """The model without functions of its own, and with the shapes and types that can be inferred."""
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError):
