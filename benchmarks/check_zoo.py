@@ -104,6 +104,7 @@ def _summary(found: list[dict[str, Any]], not_exported: dict[str, str]) -> dict[
             Counter(f"{r.op_type}: {r.why}" for v in verdicts for r in v.refused[:1]).most_common(20)
         ),
         "failed": {graph["name"]: graph["failed"] for graph in found if graph["failed"]},
+        "rtx_unanswered": len(answers) - len(asked),
         "rtx_agreement_fraction": sum(a == b for a, b in asked) / len(asked) if asked else None,
         "not_exported": not_exported,
     }

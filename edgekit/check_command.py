@@ -51,7 +51,7 @@ def _print(verdict: Any) -> None:
         click.echo(f"  {refused.op_type} '{refused.node}': {refused.why}")
     if verdict.dla is not None and verdict.dla.fallback:
         click.echo(f"  DLA: {len(verdict.dla.fallback)} of {verdict.dla.nodes} nodes fall back to the GPU")
-    if verdict.oracle is not None and verdict.oracle.accepted is False:
+    if verdict.oracle is not None and verdict.oracle.version and verdict.oracle.why:
         click.echo(f"  TensorRT-RTX {verdict.oracle.version} itself: {verdict.oracle.why}")
 
 

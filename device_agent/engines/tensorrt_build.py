@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Optional, Tuple
 
 from device_agent.engines.tensorrt_config import configure, constrain, monitor, put_on_dla
 from device_agent.engines.tensorrt_log import Said
-from device_agent.engines.tensorrt_module import TensorRt, version
-from device_agent.engines.tensorrt_settings import BuildError, BuildSettings, Built, OnProgress
+from device_agent.engines.tensorrt_module import TensorRt, register_plugins, version
+from device_agent.engines.tensorrt_settings import BuildError, BuildSettings, Built, NeedsGpu, OnProgress
 
 if TYPE_CHECKING:
     from tensorrt import Builder, IBuilderConfig, ICudaEngine, INetworkDefinition, ParserError
+
+_NO_DRIVER = "CUDA driver version is insufficient"
 
 
 def build_engine(
@@ -119,13 +121,17 @@ def _read(
         builder = trt.Builder(said.logger)
     except TypeError as error:  # the binding's word for "there is none"
         raise BuildError(said.why("TensorRT makes no builder here; is there a GPU?")) from error
+    register_plugins(trt, said.logger)
     network = builder.create_network(_network_flags(trt, by_flags))
     parser = trt.OnnxParser(network, said.logger)
     parsed = parser.parse(graph) if path is None else parser.parse(graph, path)
     if parsed:
         return builder, network
     errors = [parser.get_error(number) for number in range(parser.num_errors)]
-    raise BuildError("; ".join(f"{_node(error)}: {error.desc()}" for error in errors) or "it does not parse")
+    why = "; ".join(f"{_node(error)}: {error.desc()}" for error in errors) or "it does not parse"
+    if any(_NO_DRIVER in error for error in said.errors):
+        raise NeedsGpu(f"a plugin asks for a GPU when the graph is read, and there is none here: {why}")
+    raise BuildError(why)
 
 
 def _node(error: ParserError) -> str:

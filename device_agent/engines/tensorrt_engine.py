@@ -25,7 +25,7 @@ from device_agent.engines import cuda
 from device_agent.engines.base import Arrays, EngineError, InputError
 from device_agent.engines.cuda import CudaError
 from device_agent.engines.tensorrt_log import Said
-from device_agent.engines.tensorrt_module import TensorRt, from_dims, version
+from device_agent.engines.tensorrt_module import TensorRt, from_dims, register_plugins, version
 from device_agent.errors import Refused
 from device_agent.manifest import TensorSpec
 from device_agent.tensors import NUMPY_DTYPES
@@ -79,6 +79,7 @@ def open_engine(trt: TensorRt, runtime: str, path: Path) -> TensorRtEngine:
     said = Said(trt)
     try:
         gpu.use()
+        register_plugins(trt, said.logger)
         engine = trt.Runtime(said.logger).deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise _refused(trt, path, said.why("it is no engine for this device"))

@@ -7,7 +7,7 @@ which still has all that is used of 8.5. Whether a name is gone, as in 11 and in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Iterable, Protocol, Sequence, Tuple, Type, cast
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Protocol, Sequence, Tuple, Type, cast
 
 from device_agent.engines import import_library
 
@@ -70,6 +70,9 @@ class TensorRt(Protocol):
     def TensorLocation(self) -> Type[tensorrt.TensorLocation]: ...  # noqa: D102
 
     @property
+    def init_libnvinfer_plugins(self) -> Callable[[tensorrt.ILogger, str], bool]: ...  # noqa: D102
+
+    @property
     def float16(self) -> tensorrt.DataType: ...  # noqa: D102
 
     @property
@@ -88,6 +91,12 @@ def load(name: str) -> TensorRt:
 def version(trt: TensorRt) -> str:
     """Of TensorRT, such as ``8.5.2.2``; the stubs lack it."""
     return str(cast(Any, trt).__version__)
+
+
+def register_plugins(trt: TensorRt, logger: tensorrt.ILogger) -> None:
+    """Make TensorRT's own plugins known, which some operators are, such as RoiAlign and, in 8.5, more."""
+    if hasattr(trt, "init_libnvinfer_plugins"):
+        trt.init_libnvinfer_plugins(logger, "")
 
 
 def as_dims(sizes: Sequence[int]) -> tensorrt.Dims:

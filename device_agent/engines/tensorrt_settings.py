@@ -17,6 +17,10 @@ class BuildError(Exception):
     """TensorRT cannot build this; the text is what it said."""
 
 
+class NeedsGpu(BuildError):
+    """TensorRT-RTX cannot even read this graph where there is no GPU."""
+
+
 @dataclass(frozen=True)
 class BuildSettings:
     """What to build.

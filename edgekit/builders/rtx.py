@@ -41,6 +41,7 @@ class Answer:
         version: of it; None where it is not installed.
         accepted: whether it parsed, or built where that was asked.
         why: its own words, where it did not.
+        needs_gpu: it could not say, for it asks for a GPU to read the graph (RoiAlign).
         layer_listing: of the engine that was built, in its words; see ``engine_layers``.
     """
 
@@ -48,6 +49,7 @@ class Answer:
     accepted: bool
     why: str
     layer_listing: str = ""
+    needs_gpu: bool = False
 
 
 def ask(jobs: Sequence[Job], timeout_s: float) -> list[Answer]:
@@ -75,13 +77,13 @@ def _answer(job: Job) -> Answer:
         import tensorrt_rtx as trt
     except ImportError:
         return Answer(None, False, _NOT_INSTALLED)
-    from device_agent.engines.tensorrt_settings import BuildError
+    from device_agent.engines.tensorrt_settings import BuildError, NeedsGpu
 
     version = str(trt.__version__)
     try:
         return Answer(version, True, "", _do(trt, job))
     except BuildError as error:
-        return Answer(version, False, str(error))
+        return Answer(version, False, str(error), needs_gpu=isinstance(error, NeedsGpu))
 
 
 def _do(trt: Any, job: Job) -> str:

@@ -45,7 +45,10 @@ class Dla:
 
 @dataclass(frozen=True)
 class Oracle:
-    """What the parser of TensorRT-RTX itself says of the graph; ``version`` is null where it is not here."""
+    """What the parser of TensorRT-RTX itself says of the graph.
+
+    ``version`` is null where it is not here; ``accepted`` also where it asks for a GPU to answer.
+    """
 
     version: str | None
     accepted: bool | None
@@ -240,7 +243,7 @@ class _Subject:
                 path = Path(temporary, "model.onnx")
                 onnx.save(graph, str(path))
                 (answer,) = rtx.ask([rtx.Job(str(path))], timeout_s=_ORACLE_TIMEOUT_S)
-            accepted = None if answer.version is None else answer.accepted
+            accepted = None if answer.version is None or answer.needs_gpu else answer.accepted
             self._oracles[table.name] = Oracle(answer.version, accepted, answer.why)
         return self._oracles[table.name]
 
