@@ -23,6 +23,8 @@ Arrays = Mapping[str, Any]
 #: Asked of the judges; a little more than what the zoo asks of unseen inputs.
 JUDGED_COSINE = 0.993
 METHODS_BUDGET_S = 40.0
+#: Noise on the inputs, as a share of their spread: how much does the float graph itself multiply errors.
+SHAKE_FRACTION = 0.01
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Made:
 
     Attributes:
         tensorrt: for TensorRT, with the same layers in int8.
-        facts: observer, methods, layers in float, share of the work in int8, cosine.
+        facts: observer, methods, layers in float, share of the work in int8, cosine; and the cosine of the
+            float graph with itself where its inputs have a little noise: no INT8 graph does much better.
     """
 
     tensorrt: ModelProto
@@ -67,7 +70,7 @@ def make(
         choice.model, choice.scales, judges, judged, JUDGED_COSINE, options, exact=choice.exact
     )
     report, in_float = protected.quantized.report, (*choice.spared, *protected.kept)
-    cosine = _judge(graph, unseen, threads)(protected.quantized.model)
+    against = _judge(graph, unseen, threads)
     return Made(
         quantize(choice.model, choice.scales, "tensorrt", exclude=in_float).model,
         {
@@ -76,7 +79,8 @@ def make(
             "in_float": in_float,
             "quantized": len(report.quantized),
             "int8_macs": round(report.int8_macs_fraction or 0.0, 4),
-            "cosine": round(cosine, 5),
+            "cosine": round(against(protected.quantized.model), 5),
+            "shaken": round(against(graph, _shaken(unseen)), 5),
         },
     )
 
@@ -97,12 +101,27 @@ def _choose(
     return choose(graph, samples, judges, Options(budget_s=METHODS_BUDGET_S, threads=threads))
 
 
-def _judge(graph: ModelProto, feeds: Sequence[Arrays], threads: int) -> Callable[[ModelProto], float]:
+def _shaken(feeds: Sequence[Arrays]) -> list[Arrays]:
+    """The feeds with noise on what is no token number."""
+    rng = np.random.default_rng(0)
+    return [
+        {
+            name: value
+            + (SHAKE_FRACTION * value.std() * rng.standard_normal(value.shape)).astype(value.dtype)
+            if np.issubdtype(value.dtype, np.floating)
+            else value
+            for name, value in feed.items()
+        }
+        for feed in feeds
+    ]
+
+
+def _judge(graph: ModelProto, feeds: Sequence[Arrays], threads: int) -> Callable[..., float]:
     """The smallest cosine between a graph's outputs and those of ``graph``, over outputs and feeds."""
     wanted = _answers(graph, feeds, threads)
 
-    def judged(other: ModelProto) -> float:
-        return min(_cosine(a, b) for a, b in zip(wanted, _answers(other, feeds, threads), strict=True))
+    def judged(other: ModelProto, given: Sequence[Arrays] = feeds) -> float:
+        return min(_cosine(a, b) for a, b in zip(wanted, _answers(other, given, threads), strict=True))
 
     return judged
 
