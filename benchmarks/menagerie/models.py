@@ -295,7 +295,7 @@ def _from_config(recipe: _Recipe) -> Callable[[], nn.Module]:
         for part in (config, getattr(config, "text_config", None), getattr(config, "decoder", None)):
             if part is not None:
                 part.use_cache = False
-        config._experts_implementation = "eager"
+        config._experts_implementation = "batched_mm"
         model = getattr(transformers, recipe.auto).from_config(config, attn_implementation="eager")
         return Answers(model, tuple(recipe.inputs))
 
