@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from common import document, finish, parse_options
 
+from edgekit.measure import processor
 from edgekit.measure.latency import interleaved, this_machine
 from edgekit.ort import Session
 
@@ -65,13 +66,18 @@ def _compress(work: Path) -> dict[str, Any]:
     )
     command: list[str | Path] = [
         sys.executable, "-m", "edgekit.cli", "compress", Path(found.origin).parent / "model",
-        "--profile", "x86-cpu", "--recipe", EXAMPLE / "recipe.toml", "--precision", "int8", "--json",
+        "--profile", _profile(), "--recipe", EXAMPLE / "recipe.toml", "--precision", "int8", "--json",
         "--calib", work / "data" / "calib.jsonl", "--eval", work / "data" / "held_out.jsonl",
         "--out", work / "out", "--workdir", work / "work",
     ]  # fmt: skip
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     report: dict[str, Any] = json.loads(done.stdout)
     return report
+
+
+def _profile() -> str:
+    """The one that is made for this processor's INT8."""
+    return "x86-cpu-avx2" if processor.lacks_vnni() else "x86-cpu"
 
 
 def _tokens(session: Session) -> dict[str, np.ndarray[Any, Any]]:

@@ -16,7 +16,7 @@ from edgekit.artifact import Store, disk_full_is_an_error, open_store
 from edgekit.bundle import Bundle
 from edgekit.data import Dataset, load_data
 from edgekit.errors import BadInput
-from edgekit.measure import accuracy
+from edgekit.measure import accuracy, processor
 from edgekit.measure.device import THIS_MACHINE, Device
 from edgekit.models import Model, load_model
 from edgekit.plan import Plan, make_plan, measured_on_target
@@ -246,7 +246,7 @@ def _report(prepared: Prepared, found: search.Found, contract: Contract, made: B
             "unmet": list(outcome.unmet),
             "max_drop_certain": search.drop_is_certain(outcome.chosen.facts, contract),
             "binding": list(search.binding(outcome)),
-            "why": dict(outcome.unmet),
+            "why": _why_unmet(prepared, outcome),
         },
         "engines": _engines(prepared, outcome.chosen),
         "bundle": {"path": str(made.directory), "file": str(made.archive), "digest": made.digest},
@@ -257,6 +257,15 @@ def _report(prepared: Prepared, found: search.Found, contract: Contract, made: B
         "why": {**_not_measured(prepared, found), **_not_certain(outcome, contract)},
     }
     return Report.model_validate(document)
+
+
+def _why_unmet(prepared: Prepared, outcome: search.Outcome) -> dict[str, str]:
+    """Reasons by what is unmet; for slow INT8 that may be the processor under it."""
+    why = dict(outcome.unmet)
+    unlike = None if prepared.sources.device.address else processor.unlike(prepared.profile)
+    if unlike and "faster_than_original" in why and outcome.chosen.precision == "int8":
+        why["faster_than_original"] += f"; {unlike}"
+    return why
 
 
 def _sensitivity(found: search.Found) -> dict[str, Any]:

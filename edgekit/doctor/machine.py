@@ -9,15 +9,14 @@ import sys
 from pathlib import Path
 
 from edgekit.doctor.finding import Finding
+from edgekit.measure import processor
 
 _MIN_PYTHON = (3, 10)
 #: The demo peaks at 1.1 GB and leaves some hundred megabytes in its store; models of one's own are larger.
 _USUAL_MEMORY_BYTES = 2 << 30
 _USUAL_DISK_BYTES = 2 << 30
-_CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
-#: Instructions that add products of 8-bit integers in 32 bits, as the kernel names them.
-_EXACT_X86 = ("avx512_vnni", "avx_vnni", "amx_int8")
+#: Instructions that add products of 8-bit integers in 32 bits, as Linux names them.
 _EXACT_ARM = ("asimddp", "i8mm")
 _WIDTH_X86 = ("avx512f", "avx2", "avx")
 
@@ -28,7 +27,7 @@ def look(store: Path) -> list[Finding]:
     Args:
         store: where stages keep their work; need not exist.
     """
-    return [python(sys.version_info[:2]), int8(platform.machine(), _cpu_flags()), _memory(), disk(store)]
+    return [python(sys.version_info[:2]), int8(platform.machine(), processor.flags()), _memory(), disk(store)]
 
 
 def python(version: tuple[int, ...]) -> Finding:
@@ -46,8 +45,8 @@ def int8(machine: str, flags: frozenset[str]) -> Finding:
         machine: the architecture, such as ``x86_64``.
         flags: of the processor, as the kernel names them.
     """
-    x86 = machine in ("x86_64", "AMD64")
-    found = [flag for flag in (_EXACT_X86 if x86 else _EXACT_ARM) if flag in flags]
+    x86 = machine in processor.X86
+    found = [flag for flag in (processor.EXACT_ON_X86 if x86 else _EXACT_ARM) if flag in flags]
     if found:
         return Finding("int8", "ok", f"{', '.join(found)}: 8-bit products are exact and quick")
     width = next((flag for flag in _WIDTH_X86 if flag in flags), "no AVX")
@@ -64,18 +63,6 @@ def int8(machine: str, flags: frozenset[str]) -> Finding:
         f"{machine} without dot-product instructions: INT8 may lose to FP32",
         "compress measures both, and ships nothing slower",
     )
-
-
-def _cpu_flags() -> frozenset[str]:
-    try:
-        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return frozenset()  # not Linux
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
 
 
 def _memory() -> Finding:
