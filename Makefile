@@ -20,16 +20,21 @@ VENV := .venv
 PACK_VENV := .venv-packaging
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+STUBS := $(VENV)/.tensorrt-stubs
 
 .PHONY: setup demo test lint bench test-agent test-system fuzz soak wheel zipapp deb clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt device_agent/pyproject.toml .ci/tensorrt_stubs.py
+$(STAMP): pyproject.toml constraints.txt device_agent/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "edgekit needs Python 3.10 or newer; set PYTHON=python3.11" >&2; exit 4; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt $(PIP_ARGS) -e ./device_agent -e '.[dev]'
+	@touch $@
+
+# The types of TensorRT, for mypy.
+$(STUBS): $(STAMP) .ci/tensorrt_stubs.py
 	rm -f $(VENV)/tensorrt_stubs-*.whl
 	$(BIN)/pip download --quiet --no-deps --constraint constraints.txt $(PIP_ARGS) --dest $(VENV) tensorrt-stubs
 	$(BIN)/python .ci/tensorrt_stubs.py $(VENV)/tensorrt_stubs-*.whl
@@ -43,7 +48,7 @@ test: setup lint
 	$(BIN)/pytest -q --ignore=tests/device_agent --ignore=tests/system
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-agent-3.8 test-agent-3.11
 
-lint: setup
+lint: setup $(STUBS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
