@@ -180,8 +180,10 @@ class Connection(Receiver):
 
     @property
     def owes_answer(self) -> bool:
-        """Whether a request that came whole is not answered yet."""
-        return self._transport is not None and not self._closing and self._has_work()
+        """Whether a request that came whole is to be answered: not one behind answers that nobody reads."""
+        if self._transport is None or self._closing:
+            return False
+        return self._active is not None or (bool(self._pending) and self._writable)
 
     def _has_work(self) -> bool:
         return self._active is not None or bool(self._pending)

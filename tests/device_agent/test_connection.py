@@ -178,3 +178,26 @@ def test_an_answer_to_a_client_that_left_goes_nowhere() -> None:
     assert cancelled == [True]
     kept[0].respond(200, [b"late"])
     assert transport.written == b""
+
+
+def test_nothing_is_owed_behind_answers_that_nobody_reads() -> None:
+    """What a client sent ahead keeps a stopping agent only while that client reads its answers."""
+
+    async def main() -> None:
+        held: List[Connection] = []
+        server = HttpServer(lambda request, connection: held.append(connection), LIMITS, lambda status: None)
+        connection = Connection(server)
+        connection.connection_made(StandInTransport())  # type: ignore[arg-type]  # a double
+        data = with_length(b"first") + with_length(b"second")
+        connection.get_buffer(-1)[: len(data)] = data
+        connection.buffer_updated(len(data))
+        assert connection.owes_answer
+        connection.pause_writing()
+        assert connection.owes_answer  # the first runs
+        connection.respond(200, [b"large"])
+        assert not connection.owes_answer
+        connection.resume_writing()
+        assert len(held) == 2
+        assert connection.owes_answer
+
+    asyncio.run(main())
