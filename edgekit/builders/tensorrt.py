@@ -76,15 +76,10 @@ def _here_or_there(
     answer = here.build(plan, out, engine, work.timings)
     if answer.built:
         return Built(
-            profile.runtime.name,
-            answer.version,
-            target(profile),
-            built=True,
-            executed=False,
+            version=answer.version,
             why="it was built on this machine's GPU, and the agent is the first to run it",
             layers_why="tests/hardware/jetson.sh writes what TensorRT's inspector says of them",
-            path=str(engine.relative_to(out)),
-            fingerprint=_fingerprint(work, profile, str(answer.version), out / plan.graph),
+            **_of_engine(work, profile, plan, str(answer.version), engine, out),
             **facts,
         )
     engine.unlink(missing_ok=True)
@@ -109,16 +104,11 @@ def _ahead_of_time(
         return _not_built(profile, answer.why, version=answer.version, **facts)
     layers = engine_layers.read(answer.layer_listing)
     return Built(
-        profile.runtime.name,
-        answer.version,
-        target(profile),
-        built=True,
-        executed=False,
+        version=answer.version,
         why="there is no such GPU here",
         layers=layers,
         layers_why=None if layers else f"TensorRT-RTX {answer.version} did not list them while it built",
-        path=str(engine.relative_to(out)),
-        fingerprint=_fingerprint(work, profile, answer.version, graph),
+        **_of_engine(work, profile, plan, answer.version, engine, out),
         **facts,
     )
 
@@ -130,12 +120,22 @@ def _place(out: Path, graph: str, profile: Profile) -> Path:
     return path
 
 
-def _fingerprint(work: Work, profile: Profile, version: str, graph: Path) -> dict[str, str]:
+def _of_engine(
+    work: Work, profile: Profile, plan: EngineBuild, version: str, engine: Path, out: Path
+) -> dict[str, Any]:
+    """What is said of every engine that was built here, wherever it is to run."""
     return {
-        "sm": str(profile.accelerator.sm),
-        profile.runtime.name: version,
-        "precision": work.precision,
-        "graph": hashlib.sha256(graph.read_bytes()).hexdigest(),
+        "builder": profile.runtime.name,
+        "target": target(profile),
+        "built": True,
+        "executed": False,
+        "path": str(engine.relative_to(out)),
+        "fingerprint": {
+            "sm": str(profile.accelerator.sm),
+            profile.runtime.name: version,
+            "precision": work.precision,
+            "graph": hashlib.sha256((out / plan.graph).read_bytes()).hexdigest(),
+        },
     }
 
 
