@@ -19,11 +19,13 @@ from typing import Any
 
 from common import document, finish, parse_options
 from training.steps import Spec, measure
+from training.synthetic import cases
 
 MODELS = ("vit-b16", "bert-base")
 #: The model whose scaling is the target: the one that computes most for each byte that it exchanges.
 COMPUTE_BOUND = "vit-b16"
-IMAGES, CLASSES, SIDE = 8192, 10, 256
+CLASSES, SIDE = 10, 256
+WARMUP, STEPS = 6, 30
 SHARD_BYTES = 32 << 20
 
 
@@ -34,16 +36,18 @@ def main() -> None:
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     gpus = _gpus()
     counts = [count for count in (1, 2, 4, 8) if count <= max(gpus, 2 if options.quick else 1)]
-    steps = 3 if options.quick else 30
+    warmup, steps = (2, 3) if options.quick else (WARMUP, STEPS)
     table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as temporary:
-        spec = _write_shards(Path(temporary), 64 if options.quick else IMAGES)
+        per_process = cases(options.quick)[COMPUTE_BOUND].per_process
+        images = max(counts) * per_process * (warmup + steps)  # an epoch is long enough for every arm
+        spec = _write_shards(Path(temporary), max(images, 64))
         for model, strategy, data in _arms(spec):
             for count in counts:
                 workers = 0 if not data else max(1, min(16, len(os.sched_getaffinity(0)) // count - 1))
                 measured = Spec(
                     case=model, quick=options.quick, amp="bf16", strategy=strategy, data=data,
-                    workers=workers, steps=steps, warmup=2 if options.quick else 6, communication=count > 1,
+                    workers=workers, steps=steps, warmup=warmup, communication=count > 1,
                 )  # fmt: skip
                 row = _row(measure(measured, count), table)
                 table.append(row)

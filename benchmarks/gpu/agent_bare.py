@@ -10,6 +10,7 @@ import pycuda.driver as cuda
 import tensorrt as trt
 
 _LOGGER = trt.Logger(trt.Logger.ERROR)
+_TYPES = {trt.float32: np.float32, trt.float16: np.float16, trt.int32: np.int32}
 
 
 class Bare:
@@ -73,7 +74,7 @@ class Bare:
         for name in self._inputs:
             self._context.set_input_shape(name, inputs[name].shape)
         for name in [*self._inputs, self._output]:
-            dtype = trt.nptype(self._engine.get_tensor_dtype(name))
+            dtype = _TYPES[self._engine.get_tensor_dtype(name)]
             self._host[name] = cuda.pagelocked_empty(tuple(self._context.get_tensor_shape(name)), dtype)
             self._device[name] = cuda.mem_alloc(self._host[name].nbytes)
             self._context.set_tensor_address(name, int(self._device[name]))

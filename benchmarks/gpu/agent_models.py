@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Tuple
@@ -92,6 +93,7 @@ class Model:
 
     def bundle(self, directory: Path, route: str, **changes: Any) -> Path:
         """An unsigned bundle that lets the device build by a route."""
+        shutil.rmtree(directory, ignore_errors=True)  # of an earlier call
         directory.mkdir(parents=True)
         build = self.build(route)
         for path in {"model.onnx", *build.paths}:
@@ -121,7 +123,9 @@ class Model:
 
 
 def unpack(source: Path, target: Path) -> None:
-    """Copy a prepared model, with its weights."""
+    """Copy a prepared model, with its weights; what an earlier call copied stays."""
+    if target.exists():
+        return
     target.mkdir(parents=True)
     weights = json.loads((source / "weights.json").read_text())
     for path in source.iterdir():

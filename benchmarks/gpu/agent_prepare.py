@@ -11,6 +11,7 @@ own, trained for one epoch.
     resnet50   ResNet-50, random weights, 224 x 224
     pruned     the same with 0.35 of the parameters, widths in multiples of 32
     ragged     the same with 0.35 of the parameters, widths as they come
+    deep       400 layers of ResNet-50's kind on 32 x 32: slow alone, in small requests
     nonzero    one operator (OUT/nonzero.onnx): an output whose size only the data decides
     encoder    a text encoder of MiniLM's shape (6 layers, 384 wide, 1,000 words), random weights,
                without LayerNormalization, which TensorRT 8.5 does not parse
@@ -37,6 +38,7 @@ OPSET = 17  # TensorRT 8.5's parser
 CALIBRATION = 16
 TESTS = 32
 SMALLEST = 4096  # elements of a tensor that is drawn again rather than carried
+LARGE_BYTES = 4 << 20
 
 
 def main() -> None:
@@ -50,6 +52,8 @@ def main() -> None:
     _write(options.out / "digits", module, {"image": scans}, seeded=False)
     for name, widths in (("resnet50", _WIDTHS), ("pruned", _PRUNED), ("ragged", _RAGGED)):
         _write(options.out / name, ResNet(widths), {"image": images}, seeded=True)
+    small = {"image": np.ascontiguousarray(images[..., :32, :32])}
+    _write(options.out / "deep", ResNet(_DEEP_WIDTHS, _DEEP), small, seeded=True)
     _write(options.out / "encoder", *_encoder(), seeded=True)
     onnx.save(nonzero(), str(options.out / "nonzero.onnx"))
 
@@ -86,7 +90,7 @@ def _write(out: Path, module: nn.Module, inputs: dict[str, Array], *, seeded: bo
         weights[file] = _blank(graph, drawn)
         onnx.save(graph, str(out / file))
     (out / "weights.json").write_text(json.dumps(weights))
-    if "image" not in inputs or inputs["image"].shape[1] == 1:  # the large ones are drawn there
+    if sum(array.nbytes for array in inputs.values()) < LARGE_BYTES:  # the large ones are drawn there
         np.savez(out / "samples.npz", **{name: array[CALIBRATION:] for name, array in inputs.items()})
     count = sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
     print(f"{out.name}: {count / 1e6:.2f} M parameters", flush=True)
@@ -145,6 +149,8 @@ def _digits() -> tuple[nn.Module, Array]:
     return module, np.concatenate([train.images[:CALIBRATION], held_out.images[:TESTS]])
 
 
+_DEPTHS = (3, 4, 6, 3)
+_DEEP, _DEEP_WIDTHS = (3, 32, 95, 3), (32, 32, 64, 64)
 _WIDTHS = (64, 128, 256, 512)
 _PRUNED = (32, 64, 160, 320)
 _RAGGED = (37, 75, 151, 302)
@@ -156,12 +162,12 @@ class ResNet(nn.Module):
     The last convolution of each block is scaled down, so that the sums of random numbers stay small.
     """
 
-    def __init__(self, widths: tuple[int, ...]) -> None:
+    def __init__(self, widths: tuple[int, ...], depths: tuple[int, ...] = _DEPTHS) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, widths[0], 7, 2, 3)
         blocks: list[nn.Module] = []
         inputs = widths[0]
-        for width, depth, stride in zip(widths, (3, 4, 6, 3), (1, 2, 2, 2), strict=True):
+        for width, depth, stride in zip(widths, depths, (1, 2, 2, 2), strict=True):
             for position in range(depth):
                 blocks.append(_Bottleneck(inputs, width, stride if position == 0 else 1))
                 inputs = 4 * width
@@ -169,7 +175,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(inputs, 1000)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """[batch, 3, 224, 224] to logits [batch, 1000]."""
+        """[batch, 3, height, width] to logits [batch, 1000]."""
         x = nn.functional.max_pool2d(torch.relu(self.stem(image)), 3, 2, 1)
         logits: torch.Tensor = self.head(self.blocks(x).mean(dim=(2, 3)))
         return logits

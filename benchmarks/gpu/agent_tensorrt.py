@@ -158,8 +158,13 @@ def _outputs(bench: Bench, names: Sequence[str]) -> Dict[str, Any]:
 def _nonzero(bench: Bench) -> Dict[str, Any]:
     """An output that grows and shrinks with the data."""
     path = bench.work / "nonzero.engine"
-    job = {**bench.job("digits", "fp32"), "graph": str(bench.nonzero), "shapes": {}, "engine": str(path)}
-    try:
+    job = {
+        **bench.job("digits", "fp32"),
+        "graph": str(bench.nonzero),
+        "shapes": {"x": [[8]] * 3},
+        "engine": str(path),
+    }
+    try:  # 8.5 builds no output of unknown size without a profile, not even of inputs that never change
         process.run(job, process.Limits(300.0, lambda: None), lambda message: None, threading.Event())
         engine = open_here(EngineSource("tensorrt", str(path), wide=("where",)), EngineSettings())
         rows = ([1, 0, 2, 0, 0, 0, 0, 3], [0] * 8, [1] * 8, [0] * 7 + [1])
@@ -175,7 +180,7 @@ def _nonzero(bench: Bench) -> Dict[str, Any]:
 
 def latency(bench: Bench) -> Dict[str, Any]:
     """The agent's engine against a bare loop, in turn."""
-    return _latency(bench, (("digits", "fp16"), ("encoder", "fp16"), ("digits", "int8_cache")))
+    return _latency(bench, (("digits", "fp16"), ("digits", "int8_cache")))
 
 
 def _latency(bench: Bench, pairs: Sequence[Tuple[str, str]]) -> Dict[str, Any]:

@@ -46,7 +46,7 @@ def _request(path: Path) -> bytes:
         tail += array.tobytes()
     described = json.dumps({"inputs": head, "parameters": {"binary_data_output": True}}).encode()
     length = f"Inference-Header-Content-Length: {len(described)}\r\n"
-    return post("/v2/models/encoder/infer", described + tail, "application/octet-stream", length)
+    return post("/v2/models/deep/infer", described + tail, "application/octet-stream", length)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ builds ahead of time with this, the agent on the device. Python 3.8.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Optional, Tuple
 
 from device_agent.engines.tensorrt_config import configure, constrain, monitor, put_on_dla
@@ -33,6 +34,9 @@ def build_engine(
 ) -> Built:
     """Build an engine. Takes seconds to many minutes, and as much memory as TensorRT likes.
 
+    An earlier build's timings only save time: where no engine comes of a build with them, it is tried once
+    more without.
+
     Args:
         trt: the module ``tensorrt`` or ``tensorrt_rtx``.
         graph: the ONNX model's bytes.
@@ -43,6 +47,25 @@ def build_engine(
     Raises:
         BuildError: the graph is not for this TensorRT, or no engine came of it.
     """
+    try:
+        return _build(trt, graph, settings, path, on_progress)
+    except _NoEngine:
+        if not settings.timing_cache:
+            raise
+    return _build(trt, graph, replace(settings, timing_cache=b""), path, on_progress)
+
+
+class _NoEngine(BuildError):
+    """The builder took the graph, and no engine came of it."""
+
+
+def _build(
+    trt: TensorRt,
+    graph: bytes,
+    settings: BuildSettings,
+    path: Optional[str],
+    on_progress: Optional[OnProgress],
+) -> Built:
     by_flags = _by_flags(trt, settings)
     said = Said(trt)
     builder, network = _read(trt, said, graph, path, by_flags)
@@ -56,7 +79,7 @@ def build_engine(
     serialized = builder.build_serialized_network(network, config)
     del kept  # what the builder calls back lives until here
     if serialized is None:
-        raise BuildError(said.why("TensorRT builds no engine and does not say why"))
+        raise _NoEngine(said.why("TensorRT builds no engine and does not say why"))
     return Built(
         engine=bytes(serialized),
         timing_cache=_timing_cache(config),

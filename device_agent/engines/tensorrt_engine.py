@@ -393,7 +393,10 @@ def _device() -> cuda.Device:
 def _with_memory(error: CudaError, gpu: cuda.Device) -> str:
     if not error.out_of_memory:
         return str(error)
-    return f"{error}; {gpu.free_bytes() / 1e6:.0f} MB of the GPU are free"
+    try:
+        return f"{error}; {gpu.free_bytes() / 1e6:.0f} MB of the GPU are free"
+    except CudaError:  # where not even a context fitted, the driver does not say how much is free
+        return str(error)
 
 
 def _refused(trt: TensorRt, path: Path, why: str) -> Refused:

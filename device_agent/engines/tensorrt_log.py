@@ -34,10 +34,13 @@ class Said:
         return self._listings[0] if self._listings else ""
 
     def why(self, otherwise: str) -> str:
-        """What went wrong since this was last asked: the first error, which the others follow from."""
-        first = self.errors[0] if self.errors else otherwise
+        """What went wrong since this was last asked: the first error, and the last where that is another.
+
+        Most often the others follow from the first; but a timing cache that is not used is an error too.
+        """
+        lines = [error.strip().splitlines()[0] for error in self.errors if error.strip()] or [otherwise]
         self.errors.clear()
-        return first
+        return lines[0] if lines[-1] == lines[0] else f"{lines[0]}; at last: {lines[-1]}"
 
 
 def _logger(trt: TensorRt, errors: Deque[str], warnings: Deque[str], listings: Deque[str]) -> ILogger:

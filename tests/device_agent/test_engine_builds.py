@@ -167,6 +167,7 @@ def test_the_old_version_serves_while_the_new_ones_engine_is_built(
         ("build-dies", "signal 9 (SIGKILL)"),
         ("wrong-numbers", "failed its self-test"),
         ("no-memory", "out of memory"),
+        ("no-context", "out of memory"),
         ("rows=1", "cannot have the shape [2, 8]"),
     ],
 )
@@ -200,4 +201,41 @@ def test_a_stop_during_a_build_leaves_no_process(start_agent: Start, behave: Beh
     behave("")
     agent.start()
     _wait(agent, "built")
+    assert agent.stop() == 0
+
+
+def test_a_gpu_that_is_full_at_the_start_costs_the_engine_and_nothing_else(
+    start_agent: Start, behave: Behave, tmp_path: Path
+) -> None:
+    """Others hold the GPU's memory, so that not even a context fits: ONNX Runtime serves, and says why.
+
+    Found on a GPU: what was raised there ended the model's start. The next start has the engine again.
+    """
+    behave("")
+    agent = start_agent(_bundle(tmp_path / "b"))
+    _wait(agent, "built")
+    assert agent.stop() == 0
+    behave("no-context")
+    agent.start()
+    assert "out of memory" in _wait(agent, "failed")["engine_build"]["why"]
+    assert _scores(agent) == _expected(1)
+    assert agent.stop() == 0
+    behave("")
+    agent.start()
+    _wait(agent, "built")
+    assert _scores(agent) == _expected(1)
+    assert agent.stop() == 0
+
+
+def test_timings_of_an_earlier_build_never_cost_an_engine(
+    start_agent: Start, behave: Behave, tmp_path: Path
+) -> None:
+    """Where TensorRT makes no engine with the timing cache that lies there, it is asked once more without."""
+    behave("timings-harm")
+    agent = start_agent(_bundle(tmp_path / "old"))
+    _wait(agent, "built")
+    new = _bundle(tmp_path / "new", version=2)
+    control.request(agent.control, {"op": "install", "bundle": str(new.directory)}, lambda state: None)
+    _wait(agent, "built")
+    assert _scores(agent) == _expected(2)
     assert agent.stop() == 0

@@ -7,7 +7,8 @@ TensorRT does is shown on a GPU, by ``benchmarks/gpu/agent_tensorrt.py``.
 
 ``RECORDING_TENSORRT`` in the environment says how it behaves, in words: ``version=10.3.0``, ``sm=72``,
 ``rows=4`` (the largest batch), ``integrated``, ``build-seconds=5``, ``build-fails``, ``build-dies``,
-``build-hoards``, ``wrong-numbers``, ``no-memory``, ``no-graphs``.
+``build-hoards``, ``wrong-numbers``, ``no-memory``, ``no-context`` (too little memory for even that),
+``no-graphs``, ``timings-harm`` (no engine comes of a build with an earlier timing cache).
 """
 
 from __future__ import annotations
@@ -52,9 +53,12 @@ class RecordingDevice:
         self._graphs: List[List[Callable[[], None]]] = []
 
     def use(self) -> None:
-        pass
+        if "no-context" in _WORDS:
+            raise cuda.CudaError("cuDevicePrimaryCtxRetain: out of memory (2)", out_of_memory=True)
 
     def free_bytes(self) -> int:
+        if "no-context" in _WORDS:
+            raise cuda.CudaError("cuMemGetInfo_v2: invalid device context (201)")
         return 1 << 20
 
     def allocate(self, size_bytes: int) -> int:
@@ -234,7 +238,10 @@ class Config(Recorded):
     def can_run_on_DLA(self, layer: Any) -> bool:  # TensorRT's name
         return False
 
+    earlier_timings = b""
+
     def create_timing_cache(self, earlier: bytes) -> Any:
+        self.earlier_timings = earlier
         return Timings(earlier + b"timings")
 
     def set_timing_cache(self, cache: Any, _ignore_mismatch: bool) -> None:
@@ -285,6 +292,10 @@ class Builder:
             while True:
                 hoard.append(np.ones(1 << 20))
                 time.sleep(0.001)
+        if "timings-harm" in _WORDS and config.earlier_timings:
+            self._logger.log(ILogger.ERROR, "Error Code 1: Myelin (Myelin error from unknown graph)")
+            self._logger.log(ILogger.ERROR, "Error Code 4: the graph has no implementation")
+            return None
         if "build-fails" in _WORDS:
             self._logger.log(ILogger.ERROR, "Error Code 10: no implementation for node {ForeignNode[a...b]}")
             return None
