@@ -270,7 +270,8 @@ def _why_unmet(prepared: Prepared, outcome: search.Outcome) -> dict[str, str]:
 
 def _sensitivity(found: search.Found) -> dict[str, Any]:
     """Loss against width of each group, as it was measured for the first pruning; empty where nothing was."""
-    measured = found.tried[0].ran.artifacts.get("sensitivity")
+    artifacts = found.tried[0].ran.artifacts
+    measured = artifacts.get("sensitivity.1", artifacts.get("sensitivity"))
     return {} if measured is None else dict(measured.metadata["groups"])
 
 

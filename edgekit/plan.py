@@ -149,22 +149,39 @@ def _graphs(builder: _Builder, recipe: Recipe, size: float, latency_share: float
         builder.add("staircase", "staircase", settings, {})
     if size == 1.0 and latency_share is None:
         return original, original
-    pruned = _pruned(builder, recipe, size, latency_share)
-    recover = {"recover": recipe.recover.model_dump(), "seed": recipe.seed, "threads": _threads(recipe)}
-    recovered = builder.add("recover", "recover", recover, {"model": pruned})
-    return original, builder.add("export.pruned", "export", export, {"model": recovered})
+    model: dict[str, str] = {}
+    for number in range(1, recipe.prune.steps + 1):
+        model = {"model": _cut_and_recovered(builder, recipe, size, latency_share, model, number)}
+    return original, builder.add("export.pruned", "export", export, model)
 
 
-def _pruned(builder: _Builder, recipe: Recipe, size: float, latency_share: float | None) -> str:
-    """Add pruning, and the measurements that steer it."""
+def _cut_and_recovered(
+    builder: _Builder,
+    recipe: Recipe,
+    size: float,
+    latency_share: float | None,
+    model: Mapping[str, str],
+    number: int,
+) -> str:
+    """Add a cut of ``model`` (nothing: the original), what is measured for it, and the recovery after it.
+
+    The last of the cuts reaches the size; those before it take the same share of what is left each.
+    """
+    steps = recipe.prune.steps
+    suffix = "" if number == steps else f".{number}"
     settings = {"prune": recipe.prune.model_dump(), "seed": recipe.seed}
-    inputs = {}
+    inputs = dict(model)
     if latency_share is not None:
         inputs["latency"] = "staircase"
+        latency_share **= number / steps
     if recipe.prune.allocation == "sensitivity":
         sensitivity = {**settings, "threads": _threads(recipe)}
-        inputs["sensitivity"] = builder.add("sensitivity", "sensitivity", sensitivity, {})
-    return builder.add("prune", "prune", {**settings, "size": size, "latency_share": latency_share}, inputs)
+        inputs["sensitivity"] = builder.add(f"sensitivity{suffix}", "sensitivity", sensitivity, model)
+    cut = {**settings, "size": size ** (number / steps), "latency_share": latency_share}
+    pruned = builder.add(f"prune{suffix}", "prune", cut, inputs)
+    part = recipe.recover.part(number, steps).model_dump()
+    recover = {"recover": part, "seed": recipe.seed, "threads": _threads(recipe)}
+    return builder.add(f"recover{suffix}", "recover", recover, {"model": pruned})
 
 
 def _quantized(

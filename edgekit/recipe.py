@@ -75,6 +75,9 @@ class Prune(_Frozen):
     """So many calibration samples, where gradients are asked for."""
     max_layer_ratio: float = Field(0.8, gt=0, lt=1)
     """No layer loses more than this share of its channels."""
+    steps: int = Field(1, ge=1, le=16)
+    """The size is reached in so many cuts, each the same share of what is left. After each the model recovers
+    for its part of ``recover``'s epochs and time."""
 
 
 class Search(_Frozen):
@@ -102,6 +105,19 @@ class Recover(_Frozen):
     batch_size: int = Field(64, ge=2)
     learning_rate: float = Field(2e-3, gt=0)
     temperature: float = Field(2.0, gt=0)
+
+    def part(self, number: int, steps: int) -> Recover:
+        """What the recovery after cut ``number`` of ``steps`` has of it, so that all together have it all.
+
+        Training through rounding belongs to the last, whose numbers are shipped.
+        """
+        if steps == 1:
+            return self
+        epochs = self.epochs * number // steps - self.epochs * (number - 1) // steps
+        budget_s = None if self.budget_s is None else self.budget_s / steps
+        rounded = self.quantization_aware_epochs if number == steps else 0
+        changes = {"epochs": epochs, "budget_s": budget_s, "quantization_aware_epochs": rounded}
+        return self.model_copy(update=changes)
 
 
 class Export(_Frozen):

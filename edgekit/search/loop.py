@@ -28,6 +28,7 @@ from edgekit.stages.registry import Sources
 #: Enough of a candidate to time it: nothing is trained, and INT8 is calibrated on a few samples.
 _PROBE: Mapping[str, Any] = {
     "contract.max_drop": None,
+    "prune.steps": 1,
     "recover.epochs": 0,
     "recover.quantization_aware_epochs": 0,
     "quantize.observer": "minmax",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from edgekit import pruning
+from edgekit import pruning, surgery
 from edgekit.profile import Profile
 from edgekit.recipe import Prune
 from edgekit.stages.registry import Inputs
@@ -23,13 +23,15 @@ class Examined:
     """A model that was looked at.
 
     Attributes:
-        module: as it is, but for what is rewritten before pruning.
+        original: the source model, but for what is rewritten before pruning.
+        module: what is pruned now: the original, or what earlier cuts made of it.
         structure: its groups.
         scores: of their slots.
         alignment: products stay multiples of so many channels wide.
-        max_layer_ratio: no group loses more than this share of its slots.
+        max_layer_ratio: no group loses more than this share of its slots now.
     """
 
+    original: nn.Module
     module: nn.Module
     structure: pruning.Structure
     scores: pruning.Scores
@@ -50,25 +52,38 @@ class Examined:
 
 
 def examine(inputs: Inputs, settings: Prune, seed: int, profile: Profile) -> Examined:
-    """Find the groups of the source model, and score their slots.
+    """Find the groups of the source model, or of what earlier cuts made of it, and score their slots.
 
     Raises:
         BadInput: the model cannot be pruned.
     """
-    import torch
-
     from edgekit.pruning.rewriting import rewrite
 
     model = inputs.sources.model
-    module = rewrite(model.module())
-    example = tuple(torch.from_numpy(array) for array in model.example(2).values())
-    structure = pruning.examine(module, example)
+    original = module = rewrite(model.module())
+    if "model" in inputs.artifacts:
+        module = surgery.load_into(model.module(), inputs.artifacts["model"].path)
+    structure = pruning.examine(module, example_of(inputs))
     inputs.tick(1, 3)
     samples = _samples(inputs, settings.samples)
     scores = pruning.scores_of(module, structure, settings.importance, samples, seed)
     inputs.tick(2, 3)
     alignment = max(profile.alignment.values())
-    return Examined(module, structure, scores, alignment, settings.max_layer_ratio)
+    return Examined(original, module, structure, scores, alignment, _max_ratio_of_a_cut(settings))
+
+
+def _max_ratio_of_a_cut(settings: Prune) -> float:
+    """The share that a group may lose in one cut, so that all together take no more than the settings say."""
+    if settings.steps == 1:
+        return settings.max_layer_ratio
+    return float(1 - (1 - settings.max_layer_ratio) ** (1 / settings.steps))
+
+
+def example_of(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Made-up inputs of the source model, two samples."""
+    import torch
+
+    return tuple(torch.from_numpy(array) for array in inputs.sources.model.example(2).values())
 
 
 def _samples(inputs: Inputs, most: int) -> Iterator[tuple[Tensor, ...]]:

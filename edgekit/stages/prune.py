@@ -14,7 +14,7 @@ from edgekit.measure.staircase import LatencyModel
 from edgekit.modules import parameter_count
 from edgekit.profile import Profile
 from edgekit.recipe import Prune
-from edgekit.stages.examined import Examined, examine
+from edgekit.stages.examined import Examined, examine, example_of
 from edgekit.stages.registry import Inputs
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ class Config(BaseModel):
 
     Attributes:
         prune: how.
-        size: largest share of the parameters to keep.
-        latency_share: largest share of the latency to keep, as the latency model sees it; None: any.
+        size: largest share of the original's parameters to keep.
+        latency_share: largest share of its latency to keep, as the latency model sees it; None: any.
         seed: of random choices.
     """
 
@@ -59,18 +59,18 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
         latency = staircase.from_json(inputs.artifacts["latency"].metadata)
     widths = _widths(examined, config, inputs, latency)
     pruned = examined.cut(widths)
-    surgery.save(out, surgery.edits_between(examined.module, pruned), pruned)
+    surgery.save(out, surgery.edits_between(examined.original, pruned), pruned)
     return {
         "params": parameter_count(pruned),
-        "params_original": parameter_count(examined.module),
+        "params_original": parameter_count(examined.original),
         "allocation": config.prune.allocation,
         "importance": config.prune.importance,
         "alignment": examined.alignment,
         "latency_share": None if latency is None else _latency_share(examined, latency, widths),
         "latency_model": None if latency is None else latency.how,
         "layers": _layers(examined, [name for name, _ in examined.structure.shapes], widths),
-        "widths": _layer_widths(examined.module, pruned),
-        "groups": {group.name: [group.width, widths[group.name]] for group in examined.structure.prunable},
+        "widths": _layer_widths(examined.original, pruned),
+        "groups": _group_widths(examined, inputs, widths),
         "kept_whole": {group.name: group.why for group in examined.structure.groups if not group.prunable},
     }
 
@@ -80,7 +80,7 @@ def _widths(
 ) -> Mapping[str, int]:
     if config.prune.allocation == "sensitivity":
         return _by_sensitivity(examined, config, inputs.artifacts["sensitivity"].metadata, latency)
-    size = config.size
+    size = _size_now(examined, config)
     widths = _by_size(examined, config, size)
     for _ in range(_TRIES):
         fits = latency is None or config.latency_share is None
@@ -89,6 +89,13 @@ def _widths(
         size *= _SMALLER
         widths = _by_size(examined, config, size)
     return widths
+
+
+def _size_now(examined: Examined, config: Config) -> float:
+    """The share to keep of the parameters that earlier cuts have left."""
+    if examined.module is examined.original:
+        return config.size
+    return config.size * parameter_count(examined.original) / parameter_count(examined.module)
 
 
 def _by_size(examined: Examined, config: Config, size: float) -> Mapping[str, int]:
@@ -103,7 +110,7 @@ def _by_sensitivity(
     examined: Examined, config: Config, measured: Mapping[str, Any], latency: LatencyModel | None
 ) -> Mapping[str, int]:
     structure = examined.structure
-    most = config.size * structure.parameters({})
+    most = _size_now(examined, config) * structure.parameters({})
 
     def uses(widths: Mapping[str, int]) -> list[float]:
         used = [structure.parameters(widths) / most]
@@ -143,6 +150,18 @@ def _layers(
         ]
         layers[name] = (sizes[0], sizes[1])
     return layers
+
+
+def _group_widths(examined: Examined, inputs: Inputs, widths: Mapping[str, int]) -> dict[str, list[int]]:
+    """Group -> [slots of the original, slots now]."""
+    original = examined.structure
+    if examined.module is not examined.original:
+        original = pruning.examine(examined.original, example_of(inputs))
+    before = {group.name: group.width for group in original.prunable}
+    return {
+        group.name: [before.get(group.name, group.width), widths[group.name]]
+        for group in examined.structure.prunable
+    }
 
 
 def _layer_widths(original: nn.Module, pruned: nn.Module) -> dict[str, list[int]]:

@@ -105,11 +105,16 @@ STAGES: dict[str, Stage] = {
         ("onnxruntime", "torch"),
     ),
     "sensitivity": Stage(
-        "edgekit.stages.sensitivity", {}, "sensitivity", ("model", "calib"), ("alignment",), ("torch",)
+        "edgekit.stages.sensitivity",
+        {"model": ("torch",)},
+        "sensitivity",
+        ("model", "calib"),
+        ("alignment",),
+        ("torch",),
     ),
     "prune": Stage(
         "edgekit.stages.prune",
-        {"sensitivity": ("sensitivity",), "latency": ("latency",)},
+        {"model": ("torch",), "sensitivity": ("sensitivity",), "latency": ("latency",)},
         "torch",
         ("model", "calib"),
         ("alignment",),

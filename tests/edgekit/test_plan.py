@@ -60,6 +60,23 @@ def test_every_step_follows_what_it_needs(given_sources: Sources) -> None:
         seen.add(step.name)
 
 
+def test_a_size_can_be_reached_in_several_cuts(given_sources: Sources) -> None:
+    """Each cut starts from what recovered from the one before; together they have all the epochs."""
+    made = _plan(given_sources, prune__steps=3, recover__epochs=8, contract__size=0.343)
+    steps = {step.name: step for step in made.steps}
+    assert [name for name in steps if name.startswith(("prune", "recover"))] == [
+        "prune.1", "recover.1", "prune.2", "recover.2", "prune", "recover",
+    ]  # fmt: skip
+    sizes = [steps[name].config["size"] for name in ("prune.1", "prune.2", "prune")]
+    assert sizes == pytest.approx([0.7, 0.49, 0.343])
+    assert steps["prune.1"].inputs == {"sensitivity": "sensitivity.1"}
+    assert steps["prune.2"].inputs == {"model": "recover.1", "sensitivity": "sensitivity.2"}
+    assert steps["sensitivity"].inputs == {"model": "recover.2"}
+    assert steps["export.pruned"].inputs == {"model": "recover"}
+    epochs = [steps[name].config["recover"]["epochs"] for name in ("recover.1", "recover.2", "recover")]
+    assert sum(epochs) == 8
+
+
 _PRUNED = {"recover", "export.pruned"}
 _INT8 = {"quantize.int8", "build.int8", "verify.int8"}
 _FP16 = {"quantize.fp16", "build.fp16", "verify.fp16"}

@@ -253,6 +253,32 @@ def test_no_layer_loses_more_than_it_may(tmp_path: Path) -> None:
     assert all(after >= before * 0.5 for before, after in smallest["widths"].values())
 
 
+@pytest.mark.parametrize("build", [Chain, Residual, Grouped, Encoder])
+def test_a_cut_of_what_was_cut_counts_from_the_original(build: Any, tmp_path: Path) -> None:
+    """Two cuts reach the size that is asked of the original, and are told by the original's widths."""
+    model = torch_model(build, image=(3, 8, 8))
+    first = _prune(model, tmp_path / "first", 0.7, alignment=1, steps=2)
+    config = {
+        "prune": Prune(allocation="global", steps=2), "size": 0.49, "latency_share": None, "seed": 0,
+    }  # fmt: skip
+    second = run_stage("prune", config, sources(model), tmp_path / "second", aligned_profile(1), model=first)
+    module = _load(model, second)
+    whole = parameter_count(model.module())
+    assert second.metadata["params"] == parameter_count(module)
+    assert second.metadata["params_original"] == whole
+    assert 0.35 * whole < second.metadata["params"] <= 0.49 * whole < first.metadata["params"]
+    originals = dict(model.module().named_modules())
+    for name, (before, after) in second.metadata["widths"].items():
+        layer = originals[name]
+        assert before == getattr(layer, "out_channels", getattr(layer, "out_features", None))
+        assert after <= first.metadata["widths"][name][1]
+    for name, (before, after) in second.metadata["groups"].items():
+        assert before == first.metadata["groups"][name][0]
+        assert after >= (1 - 0.8) * before - 1
+    example = tuple(torch.from_numpy(array) for array in model.example(3).values())
+    assert all(torch.isfinite(output).all() for output in forward(module, example))
+
+
 class NothingToPrune(nn.Module):
     """A head alone."""
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekit.errors import BadInput
-from edgekit.recipe import Recipe, load_recipe
+from edgekit.recipe import Recipe, Recover, load_recipe
 
 
 def _load(tmp_path: Path, text: str, **overrides: object) -> Recipe:
@@ -93,3 +93,23 @@ def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadInput, match="is not TOML"):
         load_recipe(tmp_path / "recipe.toml", {})
+
+
+@given(
+    st.integers(0, 50),
+    st.integers(1, 16),
+    st.integers(0, 5),
+    st.none() | st.floats(1, 1e6),
+)
+def test_parts_of_a_recovery_are_all_of_it(
+    epochs: int, steps: int, rounded: int, budget_s: float | None
+) -> None:
+    """Epochs and time are shared out evenly and to the last; training through rounding comes at the end."""
+    whole = Recover(epochs=epochs, quantization_aware_epochs=rounded, budget_s=budget_s)
+    parts = [whole.part(number, steps) for number in range(1, steps + 1)]
+    assert sum(part.epochs for part in parts) == epochs
+    assert max(part.epochs for part in parts) - min(part.epochs for part in parts) <= 1
+    assert [part.quantization_aware_epochs for part in parts] == [0] * (steps - 1) + [rounded]
+    if budget_s is not None:
+        assert sum(part.budget_s or 0.0 for part in parts) == pytest.approx(budget_s)
+    assert all(part.learning_rate == whole.learning_rate for part in parts)
