@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     )
 
 
+_EXTERNAL = {"CUBLAS", "CUBLAS_LT", "CUDNN"}
+
+
 def configure(
     trt: TensorRt,
     builder: Builder,
@@ -37,6 +40,8 @@ def configure(
     if settings.tactic_sources is not None:
         sources = (getattr(trt.TacticSource, name) for name in settings.tactic_sources)
         config.set_tactic_sources(sum(1 << int(source) for source in sources))
+        if not _EXTERNAL.intersection(settings.tactic_sources):
+            _use_own_kernels_alone(trt, config)
     if settings.compute_capabilities:
         _target(trt, config, settings.compute_capabilities)
     kept: List[Any] = [_profile(builder, ranges) for ranges in settings.profiles]
@@ -51,6 +56,14 @@ def configure(
     if by_flags:
         kept.extend(_set_precision(trt, builder, network, config, settings))
     return kept
+
+
+def _use_own_kernels_alone(trt: TensorRt, config: IBuilderConfig) -> None:
+    """Keep 8.5's and 8.6's core off cuBLAS and cuDNN; tactic sources alone may not (NVIDIA/TensorRT#1928)."""
+    previews = getattr(trt, "PreviewFeature", None)
+    feature = getattr(previews, "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805", None)
+    if feature is not None:
+        config.set_preview_feature(feature, True)
 
 
 def _target(rtx: Any, config: Any, capabilities: Sequence[str]) -> None:

@@ -84,6 +84,26 @@ def test_a_dla_that_is_not_there_ends_the_build(load_double: Load) -> None:
         build_engine(load_double(), linear().SerializeToString(), BuildSettings("fp16", dla_core=2))
 
 
+@pytest.mark.parametrize(
+    ("version", "sources", "alone"),
+    [
+        ("8.5.2.2", ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"), True),
+        ("8.5.2.2", ("JIT_CONVOLUTIONS", "CUBLAS"), False),
+        ("8.5.2.2", None, False),
+        ("10.3.0", ("JIT_CONVOLUTIONS",), False),
+    ],
+)
+def test_where_cublas_and_cudnn_are_missing_nothing_asks_for_them(
+    load_double: Load, version: str, sources: Any, alone: bool
+) -> None:
+    """Kernels of theirs are not tried, and 8.5's core is told to do without; where one is, it is used."""
+    trt = load_double(f"version={version}")
+    build_engine(trt, linear().SerializeToString(), BuildSettings(tactic_sources=sources))
+    said = " ".join(trt.calls)
+    assert ("DISABLE_EXTERNAL_TACTIC_SOURCES" in said) == alone
+    assert ("set_tactic_sources" in said) == (sources is not None)
+
+
 @pytest.mark.parametrize("words", ["", "no-graphs", "integrated"])
 def test_outputs_are_those_of_the_graph_whatever_shapes_alternate(
     load_double: Load, tmp_path: Path, words: str

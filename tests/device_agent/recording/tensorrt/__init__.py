@@ -170,6 +170,12 @@ NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", _N
 BuilderFlag = enum.IntEnum("BuilderFlag", {**_PRECISION_FLAGS, "TF32": 6, "GPU_FALLBACK": 3})
 
 
+if not __version__.startswith(("10.", "11.")):
+
+    class PreviewFeature(enum.Enum):
+        DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805 = enum.auto()
+
+
 class TacticSource(enum.IntEnum):
     CUBLAS, CUBLAS_LT, CUDNN, EDGE_MASK_CONVOLUTIONS, JIT_CONVOLUTIONS = range(5)
 
