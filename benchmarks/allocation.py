@@ -132,7 +132,7 @@ def _recovered(pruned: Artifact, sources: Sources, seed: int, home: Path) -> Art
 def _stage(name: str, config: Mapping[str, Any], sources: Sources, home: Path, **given: Artifact) -> Artifact:
     stage, out = STAGES[name], home / name
     out.mkdir()
-    inputs = Inputs(sources, given, lambda _done, _total: None)
+    inputs = Inputs(sources, given, lambda _done, _total: None, timings=home)
     made = stage.load().run(inputs, validate_config(stage, config), DEVICE, out)
     return Artifact(stage.produces, out, tree_digest(out), name, (), made)
 
