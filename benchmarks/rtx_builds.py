@@ -106,6 +106,7 @@ def _works(model: Model, home: Path) -> Iterator[Work]:
             (model.example(1), model.example(2)),
             {spec.name: tuple(spec.shape) for spec in model.inputs},
             _LARGEST_BATCH,
+            home,
             home / "scales.json" if precision == "int8" else None,
             tuple(report.kept) if precision == "fp16" else (),
         )
