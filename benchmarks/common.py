@@ -10,7 +10,11 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+# A checkout needs no installation: a GPU machine may reach no index.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 Figures = Mapping[str, Any]
 #: Figure -> (comparison, bound), such as ("<=", 0.42).

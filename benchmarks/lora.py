@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +81,7 @@ def main() -> None:
     options = _options()
     seeds = (0,) if options.quick else (0, 1, 2)
     parts = _split(load(options.reviews), options.model, options.quick)
-    arms: dict[str, Prepare] = {"frozen": _frozen, "full": lambda model: model, "lora": _lora}
+    arms: dict[str, Prepare] = {"frozen": _frozen, "full": _full, "lora": _lora}
     rates = {
         name: RATES[name][0] if options.quick else _best_rate(options.model, prepare, RATES[name], parts)
         for name, prepare in arms.items()
@@ -192,7 +193,9 @@ def _run(model: Path, prepare: Prepare, rate: float, train: Encoded, judge: Enco
     )  # fmt: skip
     peak = _allocated_bytes() - before
     each = [later - earlier for earlier, later in zip([began, *times], times, strict=False)]
-    return Run(_accuracy(tuned, judge), statistics.median(each) * 1e3, peak, tuned)
+    run = Run(_accuracy(tuned, judge), statistics.median(each) * 1e3, peak, tuned)
+    print(f"{prepare.__name__[1:]} {rate:g}: {run.accuracy:.4f} in {times[-1] - began:.0f} s", file=sys.stderr)
+    return run
 
 
 def _allocated_bytes(reset: bool = False) -> int:
@@ -215,6 +218,10 @@ def _classifier(directory: Path) -> nn.Module:
 
 def _frozen(model: nn.Module) -> nn.Module:
     model.encoder.requires_grad_(False)  # type: ignore[operator]  # the classifier's own
+    return model
+
+
+def _full(model: nn.Module) -> nn.Module:
     return model
 
 
