@@ -194,7 +194,8 @@ def _run(model: Path, prepare: Prepare, rate: float, train: Encoded, judge: Enco
     peak = _allocated_bytes() - before
     each = [later - earlier for earlier, later in zip([began, *times], times, strict=False)]
     run = Run(_accuracy(tuned, judge), statistics.median(each) * 1e3, peak, tuned)
-    print(f"{prepare.__name__[1:]} {rate:g}: {run.accuracy:.4f} in {times[-1] - began:.0f} s", file=sys.stderr)
+    name, took_s = prepare.__name__[1:], times[-1] - began
+    print(f"{name} {rate:g}: {run.accuracy:.4f} in {took_s:.0f} s", file=sys.stderr)
     return run
 
 
