@@ -14,7 +14,7 @@ from serving.bundles import write_bundle
 from serving.models import Array, Model
 from serving.peers.base import Peer
 from serving.server import Launch, free_port
-from serving.venvs import ROOT, Environment, agent_requirements
+from serving.venvs import HOME, ROOT, Environment, agent_requirements
 
 ENVIRONMENT = Environment("agent", agent_requirements())
 WITH_UVLOOP = Environment("agent-uvloop", (*agent_requirements(), "uvloop==0.23.0"))
@@ -57,8 +57,12 @@ def agent_command(environment: Environment, site: Site, *arguments: str) -> list
 
 
 def agent_variables() -> dict[str, str]:
-    """Environment variables under which the environment finds this checkout's agent."""
-    return {"PYTHONPATH": str(ROOT)}
+    """Environment variables under which the environment finds this checkout's agent.
+
+    With its bytecode kept, as that of every installed package is: the peers' and, on a device, ours.
+    """
+    kept = {"PYTHONPYCACHEPREFIX": str(HOME / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
+    return {"PYTHONPATH": str(ROOT), **kept}
 
 
 def install(environment: Environment, site: Site, bundle: Path) -> str:
