@@ -35,11 +35,13 @@ class ClassMatches:
     Attributes:
         image: of each detection, [n].
         right: whether it found an object that none before it found, at each overlap, bool [overlaps, n].
+        counted: whether it counts, bool [overlaps, n]; what found nothing and is inside out does not (as COCO).
         objects: how many there are in each image, [images].
     """
 
     image: Array
     right: Array
+    counted: Array
     objects: Array
 
 
@@ -83,8 +85,8 @@ def _area(one: ClassMatches, times: Array) -> Array:
     weight = times[:, one.image].astype(np.float64)  # [draws, n]
     objects = np.maximum(times @ one.objects, 1)[:, None]
     areas = np.zeros((len(times), len(OVERLAPS)))
-    seen = np.maximum(np.cumsum(weight, axis=1), 1e-9)
-    for number, right in enumerate(one.right):
+    for number, (right, counted) in enumerate(zip(one.right, one.counted, strict=True)):
+        seen = np.maximum(np.cumsum(weight * counted, axis=1), 1e-9)
         hits = np.cumsum(weight * right, axis=1)
         recall = hits / objects
         best = np.maximum.accumulate((hits / seen)[:, ::-1], axis=1)[:, ::-1]
@@ -100,8 +102,9 @@ def _of_class(images: list[Any], objects: Array) -> ClassMatches:
     image = np.concatenate([np.full(len(one["dtScores"]), number) for number, one in present])
     scores = np.concatenate([np.asarray(one["dtScores"], np.float64) for _, one in present])
     right = np.concatenate([np.asarray(one["dtMatches"]) > 0 for _, one in present], axis=1)
+    counted = ~np.concatenate([np.asarray(one["dtIgnore"], bool) for _, one in present], axis=1)
     order = np.argsort(-scores, kind="stable")
-    return ClassMatches(image[order], right[:, order], objects)
+    return ClassMatches(image[order], right[:, order], counted[:, order], objects)
 
 
 def _evaluated(detections: Array, labels: Array) -> Any:

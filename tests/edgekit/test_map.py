@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgekit.errors import BadInput
@@ -55,6 +55,8 @@ def averages(detections: Array, labels: Array, times: Array | None = None) -> Ar
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000))
+@example(214)  # a box that is inside out
+@example(221)
 def test_it_is_coco_s_number(seed: int) -> None:
     """``map`` is what pycocotools computes of the same boxes, and so is mAP at an overlap of 0.5."""
     detections, labels = scenes(seed)
