@@ -35,7 +35,7 @@ class ClassMatches:
     Attributes:
         image: of each detection, [n].
         right: whether it found an object that none before it found, at each overlap, bool [overlaps, n].
-        counted: whether it counts, bool [overlaps, n]; what found nothing and is inside out does not (as COCO).
+        counted: whether it counts, bool [overlaps, n]: not what found nothing and is inside out, as in COCO.
         objects: how many there are in each image, [images].
     """
 
