@@ -23,7 +23,6 @@ from common import document, finish, parse_options
 
 # Beside this script is a calibration.py: look for the package of that name elsewhere.
 sys.path.remove(str(Path(__file__).resolve().parent))
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the examples
 
 from calibration import calibrate, prepare, quantize, to_fp16
 from device_agent.engines.tensorrt_settings import serving_ranges

@@ -168,7 +168,7 @@ def _without_build_report(bench: Any, agent: Agent) -> Dict[str, Any]:
 
 def _other_model(bench: Any, root: Path) -> Dict[str, Any]:
     """An engine of other tensors and other shapes that claims to fit."""
-    data = bench.engine_file("encoder", "fp16").read_bytes()
+    data = bench.engine_file("deep", "fp16").read_bytes()
     return _without_build_report(bench, _with_engine(bench, root, data, sm=cuda.device().sm))
 
 

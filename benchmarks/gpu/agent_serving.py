@@ -1,8 +1,8 @@
 """Requests a second that the agent answers within a p99, with dynamic batching and without. Python 3.8.
 
-The agent serves the fp16 engine of a deep network for small images over HTTP, alone as slow as ResNet-50 on a
-Jetson, so that the engine is the limit and not Python's HTTP; the clients (``load.py``, under the system's
-Python) are a process of their own that does not wait for answers. A rate counts if its p99 is within the
+The agent serves the fp16 engine of a deep network for small images over HTTP, so that the engine should be
+the limit and not Python's HTTP; the clients (``load.py``, under the system's Python) are a process of their
+own that does not wait for answers. A rate counts if its p99 is within the
 bound and every request was answered. "Without" is the same bundle with max_batch_size 1.
 """
 

@@ -57,13 +57,16 @@ def examine(inputs: Inputs, settings: Prune, seed: int, profile: Profile) -> Exa
     Raises:
         BadInput: the model cannot be pruned.
     """
+    import torch
+
     from edgekit.pruning.rewriting import rewrite
 
     model = inputs.sources.model
     original = module = rewrite(model.module())
     if "model" in inputs.artifacts:
         module = surgery.load_into(model.module(), inputs.artifacts["model"].path)
-    structure = pruning.examine(module, example_of(inputs))
+    example = tuple(torch.from_numpy(array) for array in model.example(2).values())
+    structure = pruning.examine(module, example)
     inputs.tick(1, 3)
     samples = _samples(inputs, settings.samples)
     scores = pruning.scores_of(module, structure, settings.importance, samples, seed)
@@ -77,13 +80,6 @@ def _max_ratio_of_a_cut(settings: Prune) -> float:
     if settings.steps == 1:
         return settings.max_layer_ratio
     return float(1 - (1 - settings.max_layer_ratio) ** (1 / settings.steps))
-
-
-def example_of(inputs: Inputs) -> tuple[Tensor, ...]:
-    """Made-up inputs of the source model, two samples."""
-    import torch
-
-    return tuple(torch.from_numpy(array) for array in inputs.sources.model.example(2).values())
 
 
 def _samples(inputs: Inputs, most: int) -> Iterator[tuple[Tensor, ...]]:

@@ -14,7 +14,7 @@ from edgekit.measure.staircase import LatencyModel
 from edgekit.modules import parameter_count
 from edgekit.profile import Profile
 from edgekit.recipe import Prune
-from edgekit.stages.examined import Examined, examine, example_of
+from edgekit.stages.examined import Examined, examine
 from edgekit.stages.registry import Inputs
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
         "latency_model": None if latency is None else latency.how,
         "layers": _layers(examined, [name for name, _ in examined.structure.shapes], widths),
         "widths": _layer_widths(examined.original, pruned),
-        "groups": _group_widths(examined, inputs, widths),
+        "groups": {group.name: [group.width, widths[group.name]] for group in examined.structure.prunable},
         "kept_whole": {group.name: group.why for group in examined.structure.groups if not group.prunable},
     }
 
@@ -150,18 +150,6 @@ def _layers(
         ]
         layers[name] = (sizes[0], sizes[1])
     return layers
-
-
-def _group_widths(examined: Examined, inputs: Inputs, widths: Mapping[str, int]) -> dict[str, list[int]]:
-    """Group -> [slots of the original, slots now]."""
-    original = examined.structure
-    if examined.module is not examined.original:
-        original = pruning.examine(examined.original, example_of(inputs))
-    before = {group.name: group.width for group in original.prunable}
-    return {
-        group.name: [before.get(group.name, group.width), widths[group.name]]
-        for group in examined.structure.prunable
-    }
 
 
 def _layer_widths(original: nn.Module, pruned: nn.Module) -> dict[str, list[int]]:
