@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from device_agent import json_text
 from device_agent.keys import PublicKey, fingerprint
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def parse(data: bytes) -> Envelope:
         EnvelopeError: it is something else.
     """
     try:
-        document: Any = json.loads(data.decode("utf-8"))
+        document: Any = json_text.loads(data)
         media_type = document["mediaType"]
         envelope = document["dsseEnvelope"]
         payload_type = envelope["payloadType"]
@@ -90,7 +91,7 @@ def parse(data: bytes) -> Envelope:
             signature=base64.b64decode(signature["sig"], validate=True),
             key_hint=str(hint),
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise EnvelopeError("it is not a sigstore bundle with one signature by a key") from error
     if media_type != MEDIA_TYPE or payload_type != PAYLOAD_TYPE:
         raise EnvelopeError(f"it is of another kind: {media_type}, {payload_type}")

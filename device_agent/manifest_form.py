@@ -15,6 +15,7 @@ from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any, Dict, List, Mapping, Tuple, Type, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from device_agent import json_text
 from device_agent.errors import ManifestError
 
 _T = TypeVar("_T")
@@ -36,14 +37,14 @@ def parse(data: bytes) -> Dict[str, Any]:
         ManifestError: it is none, or none that every reader reads alike.
     """
     try:
-        raw = json.loads(
-            data.decode("utf-8"),
+        raw = json_text.loads(
+            data,
             parse_constant=_no_constant,
             parse_float=_finite,
             object_pairs_hook=_no_duplicates,
         )
         json.dumps(raw, ensure_ascii=False).encode("utf-8")  # an escape can smuggle in half a character
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise malformed(f"it is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise malformed("the top level is not an object")

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Dict, List, Mapping, Tuple
 import numpy as np
 import onnxruntime
 
+from device_agent import json_text
 from device_agent.engines import external_data
 from device_agent.engines.onnxruntime import exact_session
 from device_agent.errors import AgentError, BadInput, Refused
@@ -132,7 +133,7 @@ def _receive(source: BinaryIO, path: Path, size_bytes: int) -> None:
 
 def _request(line: bytes) -> Dict[str, Any]:
     try:
-        request = json.loads(line)
+        request = json_text.loads(line)
         graphs = [
             {
                 "name": str(entry["name"]),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict
 
-from device_agent import envelope
+from device_agent import envelope, json_text
 from device_agent.envelope import STATEMENT_TYPE, Envelope, EnvelopeError
 from device_agent.errors import BadInput, TrustError
 from device_agent.keys import PublicKey, parse_public_key, to_pem
@@ -84,7 +84,7 @@ def parse(data: bytes) -> Rotation:
         raise _unreadable(f"it has {len(data)} bytes; the limit is {MAX_DOCUMENT_BYTES}")
     try:
         sealed = envelope.parse(data)
-        statement: Any = json.loads(sealed.payload.decode("utf-8"))
+        statement: Any = json_text.loads(sealed.payload)
         predicate = statement["predicate"]
         added = parse_public_key(
             statement["subject"][0]["name"], predicate["publicKey"].encode(), "the new key"
@@ -93,7 +93,7 @@ def parse(data: bytes) -> Rotation:
         expected = _statement(added, serial, retires_older)
     except EnvelopeError as error:
         raise _unreadable(str(error)) from error
-    except (ValueError, KeyError, TypeError, AttributeError, LookupError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
         raise _unreadable("its statement is not about a key") from error
     except BadInput as error:
         raise _unreadable(error.why) from error

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Dict, List, Sequence
 
-from device_agent import archive, envelope, keyring
+from device_agent import archive, envelope, json_text, keyring
 from device_agent.envelope import STATEMENT_TYPE, Envelope, EnvelopeError
 from device_agent.errors import BadInput, TrustError
 from device_agent.keyring import KeyRing
@@ -211,7 +211,7 @@ def _root(digests: List[str]) -> str:
 def _signed_files(payload: bytes) -> Dict[str, str]:
     """Read the files and digests of an authenticated statement."""
     try:
-        statement = json.loads(payload.decode("utf-8"))
+        statement = json_text.loads(payload)
         kinds = (statement["_type"], statement["predicateType"])
         predicate = statement["predicate"]
         serialization = (predicate["serialization"]["method"], predicate["serialization"]["hash_type"])
@@ -220,7 +220,7 @@ def _signed_files(payload: bytes) -> Dict[str, str]:
         algorithms = {item["algorithm"] for item in resources}
         root = _root([item["digest"] for item in resources])
         subjects = [subject["digest"]["sha256"] for subject in statement["subject"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise _unreadable("the signed statement is malformed") from error
     if kinds != (STATEMENT_TYPE, PREDICATE_TYPE):
         raise _unreadable(f"the signed statement is of another kind: {kinds[1]}")

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Dict, List, Mapping, Optional, Type
 
-from device_agent import archive, durable, manifest
+from device_agent import archive, durable, json_text, manifest
 from device_agent.bounded import Timeouts, bounded
 from device_agent.disk import disk_errors, lock
 from device_agent.errors import AgentError, BadInput, Refused
@@ -332,7 +332,7 @@ class Store:
     def _read_json(self, name: str, file: str) -> Optional[Dict[str, Any]]:
         path = self._model(name) / file
         try:
-            raw = json.loads(path.read_bytes().decode("utf-8"))
+            raw = json_text.loads(path.read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

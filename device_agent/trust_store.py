@@ -14,7 +14,7 @@ import logging
 from pathlib import Path
 from typing import Any, Dict, List, Mapping
 
-from device_agent import durable
+from device_agent import durable, json_text
 from device_agent.disk import disk_errors
 from device_agent.errors import Refused
 from device_agent.ratchet import Floors
@@ -76,10 +76,10 @@ class TrustStore:
     def _read(self, file: str) -> Dict[str, Any]:
         path = self._directory / file
         try:
-            raw = json.loads(path.read_bytes().decode("utf-8"))
+            raw = json_text.loads(path.read_bytes())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             _log.error("%s is damaged and ignored: %s", path, error)
             return {}
         return raw if isinstance(raw, dict) else {}

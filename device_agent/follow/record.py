@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-from device_agent import durable
+from device_agent import durable, json_text
 
 MAX_TRIES = 3
 SUCCESS_KEPT_EVERY_S = 3600.0  # to write once an hour wears no flash out
@@ -61,10 +61,10 @@ def read(state_dir: Path, name: str, reference: str) -> Record:
     """The record, if it is about this reference; an empty one where it is not, or is missing or damaged."""
     path = path_of(state_dir, name)
     try:
-        record = _parse(json.loads(path.read_bytes().decode("utf-8")))
+        record = _parse(json_text.loads(path.read_bytes()))
     except FileNotFoundError:
         record = None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         _log.error("%s is damaged and ignored: %s", path, error)
         record = None
     if record is None or record.reference != reference:

@@ -9,10 +9,10 @@ Sources: the OCI image specification 1.1 and the ModelPack specification (github
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, Dict, Mapping, Tuple
 
+from device_agent import json_text
 from device_agent.errors import BadInput
 from device_agent.manifest import MANIFEST_NAME, Manifest
 from device_agent.manifest_checks import MAX_FILES
@@ -77,14 +77,14 @@ def parse(data: bytes) -> Artifact:
         BadInput: it is malformed, of another kind, or has too many layers.
     """
     try:
-        document = json.loads(data.decode("utf-8"))
+        document = json_text.loads(data)
         if document.get("mediaType", IMAGE_MANIFEST) not in (IMAGE_MANIFEST, DOCKER_MANIFEST):
             raise _no_bundle(f"it is of another kind: {str(document['mediaType'])[:200]}")
         raw = document["layers"]
         if len(raw) > _MAX_LAYERS:
             raise _no_bundle(f"it has more than {_MAX_LAYERS} layers")
         layers = [_layer(item) for item in raw]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _no_bundle("its manifest is malformed") from error
     named: Dict[str, Layer] = {}
     for name, layer in layers:

@@ -8,12 +8,12 @@ Source: the distribution project's "Token Authentication Specification" and its 
 from __future__ import annotations
 
 import base64
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional, Tuple
 from urllib.parse import urlencode
 
+from device_agent import json_text
 from device_agent.oci.errors import Denied, RegistryError
 from device_agent.oci.transport import Transport
 
@@ -154,9 +154,9 @@ def denied(url: str, why: str, credentials: Credentials) -> Denied:
 
 def _token(data: bytes, url: str) -> str:
     try:
-        document = json.loads(data.decode("utf-8"))
+        document = json_text.loads(data)
         token = document.get("token") or document.get("access_token")
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise _bad_token_service(url, "its answer is not a JSON object") from error
     if not isinstance(token, str) or not _TOKEN.fullmatch(token):
         raise _bad_token_service(url, "its answer holds no token")

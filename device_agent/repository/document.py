@@ -7,10 +7,10 @@ Triton's JSON form here, with its own field names, every value of the type that 
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Protocol, Tuple
 
+from device_agent import json_text
 from device_agent.errors import BadInput
 from device_agent.repository.fields import MODEL_CONFIG, REFUSED, SCHEDULERS, WITHOUT_EFFECT, Field
 from device_agent.repository.text_format import Scalar, TextFormatError, Value, parse
@@ -57,8 +57,8 @@ def from_text(text: str, source: str) -> Parsed:
 def from_json(text: str, source: str) -> Parsed:
     """Read a configuration in protobuf's JSON form, with Triton's field names; see :func:`from_text`."""
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        raw = json_text.loads(text.encode())
+    except ValueError as error:
         raise ConfigError(
             f"{source} is not a model configuration", f"it is not JSON: {error}", "send a JSON object"
         ) from error

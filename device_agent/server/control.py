@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional
 
-from device_agent import __version__
+from device_agent import __version__, json_text
 from device_agent.errors import AgentError, BadInput
 from device_agent.lifecycle import Lifecycle
 from device_agent.server.control_client import Client
@@ -286,8 +286,8 @@ class _Connections:
 
 def _parse(line: bytes) -> Mapping[str, Any]:
     try:
-        message = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        message = json_text.loads(line)
+    except ValueError as error:
         raise _bad_request("the line is not JSON") from error
     if not isinstance(message, dict):
         raise _bad_request("the line is not a JSON object")

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping
 
+from device_agent import json_text
 from device_agent.errors import AgentError, Refused
 
 OnState = Callable[[str], None]
@@ -61,7 +62,7 @@ class Client:
             for part in body:
                 self._connection.sendall(part)
         for line in iter(self._read_line, b""):
-            answer = json.loads(line)
+            answer = json_text.loads(line)
             if "ok" in answer:
                 return _result(answer)
             if "state" in answer:

@@ -12,6 +12,8 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
+from device_agent import json_text
+
 _FILE_PREFIX = "file:"  # of the parameters of a load request that carry files
 
 # No tensor is longer in any direction; beyond it, numpy and Python's own conversions raise errors of theirs.
@@ -79,8 +81,8 @@ def load_json(body: bytes, what: str) -> Mapping[str, Any]:
         ProtocolError: 400: not UTF-8, not JSON, nested beyond reason, or not an object.
     """
     try:
-        value = json.loads(body.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = json_text.loads(body)
+    except ValueError as error:
         raise ProtocolError(400, f"{what} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ProtocolError(400, f"{what} is not a JSON object")
