@@ -45,9 +45,12 @@ def protect(
     options: Options = _DEFAULTS,
     *,
     exact: ModelProto | None = None,
-    max_kept: int = 8,
+    max_kept: int | None = None,
 ) -> Protected:
-    """Quantize, and keep one more layer in float while the score is too low, the most harmful first.
+    """Quantize, and keep the most harmful layers in float, as few as reach the score.
+
+    The number is doubled until the score is reached and then bisected, so that of n layers about 2 log2(n)
+    numbers are tried. Where more layers in float do not always score higher, fewer might have been enough.
 
     Args:
         model: the model that was calibrated, or its file.
@@ -58,10 +61,10 @@ def protect(
         options: as for ``choose``; ``exclude`` names layers that are in float anyway (``Choice.spared``).
         exact: where ``model`` has rounded weights or corrected biases (``Choice.model``), the graph without
             them (``Choice.exact``): what is kept in float computes as there.
-        max_kept: how many layers may stay in float at most; at least one layer stays in int8.
+        max_kept: how many layers may stay in float at most; None: as many as it takes, all but one.
 
     Returns:
-        The first graph that reaches the score, else the best that was seen.
+        A graph that reaches the score, else the best that was seen.
 
     Raises:
         CalibrationError: as ``quantize`` and ``sensitivity``.
@@ -86,9 +89,25 @@ def protect(
         return best
     harm = sensitivity(original, scales, samples, options.target, threads=options.threads)
     order = [entry.node for entry in harm if entry.node not in options.exclude]
-    for count in range(1, min(max_kept, len(order) - 1) + 1):
-        found = attempt(tuple(order[:count]))
+    most = len(order) - 1 if max_kept is None else min(max_kept, len(order) - 1)
+    too_few, enough = 0, 1
+    while enough <= most:
+        found = attempt(tuple(order[:enough]))
         if found.met:
-            return found
+            return _fewest(lambda count: attempt(tuple(order[:count])), too_few, found)
         best = max(best, found, key=lambda candidate: candidate.score)
+        too_few = enough
+        enough = 2 * enough if 2 * enough < most or enough == most else most
     return best
+
+
+def _fewest(attempt: Callable[[int], Protected], too_few: int, found: Protected) -> Protected:
+    """Bisect between a number of layers that is too small and a graph that reaches the score."""
+    while len(found.kept) - too_few > 1:
+        middle = (too_few + len(found.kept)) // 2
+        tried = attempt(middle)
+        if tried.met:
+            found = tried
+        else:
+            too_few = middle
+    return found

@@ -146,8 +146,8 @@ class Quantize(_Frozen):
     """What is tried on top of the observer, each kept only if it helps; ``[]``: nothing."""
     method_budget_s: float | None = Field(None, ge=0)
     """No method begins after this many seconds, so the machine's speed decides; None: no limit."""
-    max_kept_float: int = Field(8, ge=0)
-    """Where INT8 misses the contract's ``max_drop``, at most so many of the worst layers stay in float."""
+    max_kept_float: int | None = Field(None, ge=0)
+    """Where INT8 misses the contract's ``max_drop``, so many layers may stay in float; None: all but one."""
     max_samples: int = Field(512, ge=1)
     """Calibration stops after this many samples."""
 

@@ -97,9 +97,9 @@ def keep_within(
     choice: Choice,
     samples: Sequence[Arrays],
     weight_bits: int,
-    max_kept: int,
+    max_kept: int | None,
 ) -> Kept:
-    """Keep the worst layers in float, one after the other, where the INT8 graph loses more than it may.
+    """Keep the worst layers in float, as few as it takes, where the INT8 graph loses more than it may.
 
     Where the float graph itself loses too much, as after pruning, no layer can help and none is kept.
 
@@ -109,7 +109,7 @@ def keep_within(
         choice: from ``calibration.choose``.
         samples: for the harm that each layer does; none: nothing is kept.
         weight_bits: as the choice was made with.
-        max_kept: the most layers that may stay in float.
+        max_kept: the most layers that may stay in float; None: as many as it takes.
     """
     from calibration import Options, protect
 
@@ -125,7 +125,7 @@ def keep_within(
         "in_int8": in_int8,
         "at_least": at_least,
     }
-    if in_int8 >= at_least or in_float < at_least or not samples or not max_kept:
+    if in_int8 >= at_least or in_float < at_least or not samples or max_kept == 0:
         return Kept(choice.quantized, (), {**facts, "protected": in_int8})
     found = protect(
         choice.model,

@@ -54,7 +54,7 @@ def _of_drop(report: Report) -> Advice:
     if drop is not None and drop.in_float >= drop.at_least:
         return Advice(
             "The loss is INT8's: in float the same graph keeps enough of the metric on calibration data.",
-            "[quantize] max_kept_float = 16, or --precision auto",
+            "--precision auto, or a higher [quantize] max_kept_float where one is set",
         )
     return Advice(
         "The loss was there before INT8: pruning took more than recovery gave back.",

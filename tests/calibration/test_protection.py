@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -44,6 +45,32 @@ def test_the_worst_layers_are_kept_first(
     assert found.met
     assert found.kept == tuple(worst[: len(found.kept)])
     assert set(found.quantized.report.kept_float) == set(found.kept)
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 4, 5])
+def test_as_few_layers_as_it_takes(
+    residual_cnn: ModelProto, cnn_scales: Scales, images: np.ndarray, wanted: int
+) -> None:
+    """Without a limit the smallest number is kept that reaches the score, up to all layers but one."""
+    samples = [{"image": images}]
+    layers = len(sensitivity(residual_cnn, cnn_scales, samples))
+    asked: list[int] = []
+
+    def in_float(model: ModelProto) -> float:
+        asked.append(layers - _in_int8(model))
+        return float(asked[-1])
+
+    found = protect(residual_cnn, cnn_scales, samples, in_float, at_least=wanted)
+    assert (found.met, len(found.kept)) == (wanted < layers, min(wanted, layers - 1))
+    assert len(asked) <= 2 + 2 * math.log2(layers)
+    assert len(asked) == len(set(asked))
+
+
+def _in_int8(model: ModelProto) -> int:
+    """How many of a graph's linear layers read what was dequantized."""
+    makers = {name: node.op_type for node in model.graph.node for name in node.output}
+    linear = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    return sum(makers.get(node.input[1]) == "DequantizeLinear" for node in linear)
 
 
 def test_what_is_excluded_stays_in_float(
