@@ -1,7 +1,7 @@
 """INT8 for a model of the zoo, made as ``edgekit compress`` makes it and compared with the float graph.
 
 Cheapest first: the best observer; where the judges' cosine is below the bound, the methods on top of it
-within a time; where that is not enough, the layers that hurt most stay in float, eight at most. The cosine
+within a time; where that is not enough, the layers that hurt most stay in float. The cosine
 that is told is of inputs that none of this has seen.
 """
 

@@ -7,7 +7,7 @@ channels that reach it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ from edgekit.pruning.labels import FOREIGN, Array, Labels
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_ATTRIBUTE = "_edgekit_axes"
 _MOST_RUNS = 6
 
 #: (module, attribute) of a parameter or buffer.
@@ -74,6 +73,12 @@ class Trace:
     sightings: dict[str, list[Sighting]]
 
 
+def _by_tensor() -> MutableMapping[Tensor, Axes]:
+    from torch.utils.weak import WeakTensorKeyDictionary
+
+    return WeakTensorKeyDictionary()
+
+
 @dataclass(eq=False)
 class Tracer:
     """Knows the axes of every tensor, and ties and pins their labels."""
@@ -87,26 +92,28 @@ class Tracer:
     read: list[Array] = field(default_factory=list)
     sightings: dict[str, list[Sighting]] = field(default_factory=dict)
     calls: int = 0
+    #: Of this run: a model may keep a tensor from one run to the next, and labels are another run's then.
+    results: MutableMapping[Tensor, Axes] = field(default_factory=_by_tensor)
 
     def axes(self, tensor: Tensor) -> Axes:
         """What is known of a tensor's axes."""
         if id(tensor) in self.sources:
             return self.sources[id(tensor)]
-        known = getattr(tensor, _ATTRIBUTE, None)
+        known = self.results.get(tensor)
         if known is None or len(known) != tensor.dim():
             return (PLAIN,) * tensor.dim()
-        return tuple(known)
+        return known
 
     def assign(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
         """Remember a result's axes; a tensor written in place keeps what it had, tied to the new."""
         if len(axes) != tensor.dim():
             raise ValueError(f"{len(axes)} axes for a tensor of {tensor.dim()}")
-        if id(tensor) in self.sources or hasattr(tensor, _ATTRIBUTE):
+        if id(tensor) in self.sources or tensor in self.results:
             before = self.axes(tensor)
             axes = [
                 self.tie((old, new), size) for old, new, size in zip(before, axes, tensor.shape, strict=True)
             ]
-        setattr(tensor, _ATTRIBUTE, tuple(axes))
+        self.results[tensor] = tuple(axes)
 
     def meet(self, axes: Sequence[Axis], size: int) -> Axis:
         """Axes that meet index by index in a sum: what meets constants cannot carry a split's labels."""
@@ -240,9 +247,6 @@ def _run(model: nn.Module, example: tuple[Tensor, ...], splits: Splits) -> Trace
             for axis in tracer.axes(tensor):
                 if axis.labels is not None:
                     labels.pin(axis.labels[axis.labels != FOREIGN], "it is an output of the model")
-    for tensor in named.values():
-        if hasattr(tensor, _ATTRIBUTE):
-            delattr(tensor, _ATTRIBUTE)
     parameters = {name: tuple(axis.labels for axis in sources[id(tensor)]) for name, tensor in named.items()}
     first = {id(tensor): name for name, tensor in reversed(named.items())}
     shapes = {

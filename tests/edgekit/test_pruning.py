@@ -45,6 +45,25 @@ class Image(nn.Module):
         return logits
 
 
+class Keeping(nn.Module):
+    """Makes a tensor once and keeps it, as BEiT its index of positions; and splits channels by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 24)
+        self.second = nn.Linear(24, 24)
+        self.head = nn.Linear(24, 3)
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = torch.zeros(5000)[:24] + torch.zeros(24)
+        x = torch.relu(self.second(torch.relu(self.first(x))) + self.kept)
+        x = x.reshape(x.shape[0], 6, 4) + torch.arange(6.0)[:, None]  # no groups of four: a second run
+        logits: Tensor = self.head(x.flatten(1))
+        return logits
+
+
 class Fused(nn.Module):
     """An encoder layer with torch's own attention, and a convolution with a normalized weight before it."""
 
@@ -147,6 +166,18 @@ def test_every_group_can_be_cut_alone_and_has_the_size_that_was_said(
         assert parameter_count(pruned) == structure.parameters(widths) < parameter_count(model)
         with torch.no_grad():
             assert pruned(example[0].repeat(3, *[1] * (example[0].dim() - 1))).shape == (6, *want[1:])
+
+
+def test_a_tensor_that_the_model_keeps_does_no_harm() -> None:
+    """A tensor that a model makes in one run and uses in the next pins the channels that meet it."""
+    torch.manual_seed(0)
+    model, example = Keeping().eval(), (torch.randn(2, 16),)
+    structure = pruning.examine(model, example)
+    group = structure.group("first")
+    assert (group.prunable, group.width) == (True, 24)
+    assert not structure.group("second").prunable
+    pruned = pruning.cut(model, structure, {"first": 8}, _random(structure))
+    assert pruned(*example).shape == (2, 3)
 
 
 def test_attention_loses_whole_heads() -> None:
