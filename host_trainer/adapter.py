@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -199,6 +200,31 @@ def merge(
         raise _bad_merge(f"outputs differ by {merge_error:.2g} of the largest; {allowed}")
     merged.to(dtype)
     return Merged(merged, merge_error, _difference(got, _outputs(merged, forward)))
+
+
+@contextmanager
+def adapted(
+    model: nn.Module, rank: int, seed: int, forward: Callable[[nn.Module], Tensor]
+) -> Iterator[tuple[str, ...]]:
+    """Train low-rank updates of a model's layers, and its head, within the block; then merge them, in place.
+
+    Args:
+        model: attention, mlp and convolutions of its blocks get an update that counts twice.
+        rank: of each update.
+        seed: of the first values.
+        forward: runs a model on some real inputs, to compare it before and after merging; gives one output.
+
+    Yields:
+        The names of the layers with an update.
+
+    Raises:
+        TrainingError: as ``attach`` and ``merge``.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        attached = attach(model, ("attention", "mlp", "convolution"), rank, 2 * rank)
+    yield attached.adapted
+    merge(attached.model, forward)
 
 
 def unwrapped(model: nn.Module) -> Any:

@@ -1,7 +1,8 @@
 """Recovery of a pruned model: BatchNorm statistics first, then distillation from the original.
 
-Neither needs labels: the pruned model learns to answer as the original does, on the training data's inputs.
-As a last resort it goes on learning with its weights and activations rounded to 8 bits.
+Neither needs labels: the pruned model learns to answer as the original does, on the training data's inputs,
+with all of its weights or with low-rank updates of them. As a last resort it goes on learning with weights
+and activations rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from edgekit import surgery
 from edgekit.data import Dataset
 from edgekit.errors import BadInput
+from edgekit.modules import output_tensors
 from edgekit.profile import Profile
 from edgekit.recipe import Recover
 from edgekit.stages.registry import Inputs
@@ -84,10 +86,16 @@ def _train(
     student: Student, batches: _Batches, judges: list[Any], config: Config, tick: Any
 ) -> dict[str, Any]:
     """Distil, then distil through rounding where that is asked."""
+    from host_trainer.adapter import adapted
     from host_trainer.loop import TrainSettings, fit
     from host_trainer.rounding import rounded
 
     settings = config.recover
+    example = next(batches.epoch(0))
+
+    def answer(module: nn.Module) -> Tensor:
+        return output_tensors(_call(module, example))[0]
+
     losses: list[float] = []
     stopping = _Stopping(student, judges, settings, batches.per_epoch)
     phases = (
@@ -103,6 +111,8 @@ def _train(
         with ExitStack() as stack:
             if is_rounded and epochs:
                 stack.enter_context(rounded(student.model))
+            elif settings.adapter_rank is not None and epochs:
+                stack.enter_context(adapted(student.model, settings.adapter_rank, config.seed, answer))
 
             def on_step(step: int, _steps: int, _loss: float, done: int = done) -> None:
                 tick(done + step, total)

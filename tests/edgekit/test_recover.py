@@ -252,3 +252,60 @@ def test_features_need_blocks(model: Model, pruned: Artifact, tmp_path: Path) ->
     """A network without repeated parts has no such features: an error that says so, not a silent zero."""
     with pytest.raises(BadInput, match="shows no blocks"):
         _recover(model, pruned, tmp_path / "out", feature_weight=1.0)
+
+
+class _Block(nn.Module):
+    """Two layers beside a sum, as in a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(24, 64), nn.Linear(64, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = x + self.down(torch.relu(self.up(x)))
+        return answer
+
+
+def _residual_net() -> nn.Module:
+    blocks = nn.Sequential(_Block(), _Block(), _Block())
+    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 24), blocks, nn.Linear(24, 5))
+    with torch.no_grad():
+        net[3].weight *= 8  # type: ignore[operator]
+    return net
+
+
+def test_low_rank_updates_are_merged(tmp_path: Path) -> None:
+    """With ``adapter_rank``, what recovery adds to a block's layers has that rank, and the first layer stays;
+    the model is nearer to the original all the same, is a plain one, and the same every time.
+    """
+    model = torch_model(_residual_net, image=SHAPE)
+    half = {"prune": Prune(allocation="global"), "size": 0.5, "latency_share": None, "seed": 0}
+    pruned = run_stage("prune", half, sources(model), tmp_path / "pruned", aligned_profile(4))
+    settings = {"count": 512, "adapter_rank": 3, "epochs": 12, "learning_rate": 1e-2}
+    recovered = _recover(model, pruned, tmp_path / "a", **settings)
+    assert _distance(model, recovered) < 0.8 * _distance(model, pruned)
+    before, after = (surgery.load_into(model.module(), it.path).state_dict() for it in (pruned, recovered))
+    assert list(after) == list(before)
+    ranks = {
+        name: int(torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-4))
+        for name in before
+        if before[name].ndim == 2
+    }
+    assert ranks.pop("1.weight") == 0
+    assert ranks.pop("3.weight") == 5
+    assert set(ranks.values()) == {3}
+    again = _recover(model, pruned, tmp_path / "b", **settings)
+    assert (again.path / surgery.WEIGHTS_FILE).read_bytes() == (
+        recovered.path / surgery.WEIGHTS_FILE
+    ).read_bytes()
+
+
+def test_rounding_comes_after_the_updates_are_merged(tmp_path: Path) -> None:
+    """Epochs through rounding train all weights of the merged model."""
+    model = torch_model(_residual_net, image=SHAPE)
+    whole = {"prune": Prune(allocation="global"), "size": 1.0, "latency_share": None, "seed": 0}
+    start = run_stage("prune", whole, sources(model), tmp_path / "start", aligned_profile(4))
+    made = _recover(model, start, tmp_path / "a", adapter_rank=2, epochs=1, quantization_aware_epochs=1)
+    before, after = (surgery.load_into(model.module(), it.path).state_dict() for it in (start, made))
+    assert list(after) == list(before)
+    assert int(torch.linalg.matrix_rank(after["2.0.up.weight"] - before["2.0.up.weight"], rtol=1e-4)) > 2
