@@ -52,6 +52,7 @@ lint: setup $(STUBS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/*.py benchmarks/gpu/*.py
 	$(BIN)/lint-imports
 
 test-agent:

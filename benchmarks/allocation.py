@@ -20,12 +20,8 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-from common import document, finish
-
-# Beside this script is a calibration.py: look for the package of that name elsewhere.
-sys.path.remove(str(Path(__file__).resolve().parent))
-
 import torch
+from common import document, finish
 from torch import nn
 
 from edgekit import profile, surgery

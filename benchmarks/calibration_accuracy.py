@@ -15,18 +15,13 @@ is lower than a peer's by more than two of those, that is a target missed as wel
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from accuracy import verdict
 from accuracy.cases import CASES
 from accuracy.comparison import Comparison, compare
 from accuracy.tools import NNCF, TOOLS
 from common import document, finish
-
-# Beside this script is a calibration.py: look for the package of that name elsewhere.
-sys.path.remove(str(Path(__file__).resolve().parent))
 
 _QUICK_CASES = ("language",)
 _QUICK_TOOLS = ("ours", "ort_minmax")

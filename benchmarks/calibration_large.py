@@ -18,9 +18,6 @@ from pathlib import Path
 import numpy as np
 from common import document, finish, parse_options
 
-# A script beside this one has the name of the package that it measures: look for that elsewhere.
-sys.path.remove(str(Path(__file__).resolve().parent))
-
 WIDTH = 4096
 LAYERS, QUICK_LAYERS = 36, 4
 ROWS = 16

@@ -9,18 +9,15 @@ Verdicts come from the published tables alone; then the real parser is asked abo
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
+import torch
 from common import document, finish, parse_options
 from onnx import ModelProto
-
-# Beside this script is a calibration.py: look for the package of that name elsewhere.
-sys.path.remove(str(Path(__file__).resolve().parent))
 
 from calibration.storage import load_model
 from edgekit import profile
@@ -39,7 +36,8 @@ def main() -> None:
     table = for_profile(profile.load(PROFILE))
     assert table is not None
     with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as temporary:
-        names, verdicts, jobs = [], [], []
+        names: list[str] = []
+        verdicts, jobs = [], []
         for name, graph in _graphs():
             if options.quick and len(names) == _QUICK_GRAPHS:
                 break
@@ -83,7 +81,6 @@ def _graphs() -> Iterator[tuple[str, ModelProto]]:
 
 def _exported() -> Iterator[tuple[str, ModelProto]]:
     """Networks of several families with random weights, small."""
-    import torch
     import transformers
     from torch import nn
 
@@ -91,7 +88,7 @@ def _exported() -> Iterator[tuple[str, ModelProto]]:
     wide = {**text, "intermediate_size": 64}
     image = {"image_size": 32, "num_channels": 3}
     tokens, pixels = torch.ones((2, 12), dtype=torch.int64), torch.randn(2, 3, 32, 32)
-    models: list[tuple[str, type, dict[str, object], torch.Tensor]] = [
+    models: list[tuple[str, type, Mapping[str, object], torch.Tensor]] = [
         ("bert", transformers.BertConfig, wide, tokens),
         ("roberta", transformers.RobertaConfig, wide, tokens),
         ("electra", transformers.ElectraConfig, {**wide, "embedding_size": 32}, tokens),
@@ -110,26 +107,25 @@ def _exported() -> Iterator[tuple[str, ModelProto]]:
     ]  # fmt: skip
     for name, config, settings, example in models:
         torch.manual_seed(0)
-        module: nn.Module = transformers.AutoModel.from_config(config(**settings)).eval()
+        module: nn.Module = transformers.AutoModel.from_config(config(**settings))  # type: ignore[no-untyped-call]
         yield name, _export(module, example)
 
 
-def _export(module: object, example: object) -> ModelProto:
-    import torch
-
+def _export(module: torch.nn.Module, example: torch.Tensor) -> ModelProto:
     class First(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = module
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(x)[0]  # type: ignore[operator, no-any-return]
+            first: torch.Tensor = self.inner(x)[0]
+            return first
 
     with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path = Path(temporary, "m.onnx")
         torch.onnx.export(
-            First().eval(), (example,), str(path), dynamo=True, external_data=False, verbose=False,  # type: ignore[arg-type]
+            First().eval(), (example,), str(path), dynamo=True, external_data=False, verbose=False,
             dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
         )  # fmt: skip
         return onnx.load(str(path))

@@ -21,9 +21,6 @@ from typing import Any
 import zoo
 from common import document, finish
 
-# Beside this script is a calibration.py: look for the package of that name elsewhere.
-sys.path.remove(str(Path(__file__).resolve().parent))
-
 from edgekit import profile
 from edgekit.check.verdicts import Verdict, check
 from edgekit.errors import EdgekitError

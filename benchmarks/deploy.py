@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import onnx
@@ -126,8 +126,10 @@ class _Connect:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.connect(str(self._path))
             self._socket = client
-            with client.makefile("rb") as reader, client.makefile("wb", buffering=0) as writer:
-                yield Connection(reader, writer, lambda: Missing("the link broke", "it was cut", "go on"))
+            with client.makefile("rb") as reader, client.makefile("wb", 0) as writer:
+                yield Connection(
+                    reader, cast(IO[bytes], writer), lambda: Missing("the link broke", "it was cut", "go on")
+                )
 
     def cut(self) -> None:
         """Break the link."""

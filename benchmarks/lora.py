@@ -211,14 +211,14 @@ def _allocated_bytes(reset: bool = False) -> int:
 def _classifier(directory: Path) -> nn.Module:
     from transformers import BertModel, logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    encoder = BertModel.from_pretrained(directory, add_pooling_layer=False, local_files_only=True)
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    encoder: Any = BertModel.from_pretrained(directory, add_pooling_layer=False, local_files_only=True)
     return Classifier(encoder.float(), encoder.config.hidden_size)
 
 
 def _frozen(model: nn.Module) -> nn.Module:
-    model.encoder.requires_grad_(False)  # type: ignore[operator]  # the classifier's own
+    model.encoder.requires_grad_(False)
     return model
 
 
@@ -233,7 +233,7 @@ def _lora(model: nn.Module) -> nn.Module:
 def _batches(data: Encoded, seed: tuple[int, int]) -> Iterator[Encoded]:
     generator = torch.Generator().manual_seed(seed[0] * 1000 + seed[1])
     order = torch.randperm(len(data.labels), generator=generator).to(DEVICE)
-    for rows in order.split(BATCH):
+    for rows in torch.split(order, BATCH):
         if len(rows) == BATCH:
             yield _cut(data, rows)
 
@@ -252,7 +252,7 @@ def _loss(model: nn.Module, batch: Encoded) -> Tensor:
 def _accuracy(model: nn.Module, data: Encoded) -> float:
     right = 0
     with torch.no_grad():
-        for rows in torch.arange(len(data.labels), device=DEVICE).split(256):
+        for rows in torch.split(torch.arange(len(data.labels), device=DEVICE), 256):
             batch = _cut(data, rows)
             right += int((model(batch.ids, batch.mask).argmax(dim=1) == batch.labels).sum())
     return right / len(data.labels)

@@ -11,9 +11,9 @@ others.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,9 +22,6 @@ import numpy as np
 import onnx
 from common import document, finish, parse_options
 from onnx import numpy_helper
-
-# Beside this script is a calibration.py: look for the package of that name elsewhere.
-sys.path.remove(str(Path(__file__).resolve().parent))
 
 from edgekit import ort, profile
 from edgekit.measure import latency, roofline, work
@@ -45,7 +42,7 @@ def main() -> None:
         predicted.append(roofline.predict(work.operators(model, example), device).value_ms)
         session = ort.Session(model.SerializeToString())
         timed = latency.interleaved(
-            {name: lambda session=session, example=example: session.run(example)},
+            {name: partial(session.run, example)},
             runs=runs,
             warmup=2,
             batch=1,
@@ -128,7 +125,8 @@ def _digits(factor: float) -> tuple[onnx.ModelProto, dict[str, Any]]:
     from edgekit.demo import digits
 
     widths = digits.WIDTHS
-    digits.WIDTHS = tuple(int(width * factor) for width in widths)
+    first, second, third, fourth = (int(width * factor) for width in widths)
+    digits.WIDTHS = (first, second, third, fourth)
     try:
         net = digits.DigitNet().eval()
     finally:

@@ -9,7 +9,6 @@ refuses fp32 there is expected; any other refusal is a miss.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,9 +19,6 @@ from typing import Any
 
 import onnx
 from common import document, finish, parse_options
-
-# Beside this script is a calibration.py: look for the package of that name elsewhere.
-sys.path.remove(str(Path(__file__).resolve().parent))
 
 from calibration import calibrate, prepare, quantize, to_fp16
 from device_agent.engines.tensorrt_settings import serving_ranges

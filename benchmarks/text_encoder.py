@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def main() -> None:
         }
         inputs = _tokens(sessions["fp32"])
         timings = interleaved(
-            {name: lambda session=session: session.run(inputs) for name, session in sessions.items()},
+            {name: partial(session.run, inputs) for name, session in sessions.items()},
             runs=runs, warmup=20, batch=1, where=this_machine(),
         )  # fmt: skip
     figures = {

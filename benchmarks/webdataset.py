@@ -192,9 +192,11 @@ def _child(name: str, where: str) -> None:
     from torch.utils.data import DataLoader
 
     began, read, held = time.perf_counter(), 0, 0
-    data = ARMS[name](where)
-    loader = DataLoader(data, batch_size=BATCH, sampler=data.order(0, 0), num_workers=WORKERS)
-    arriving = iter(loader)
+    data: Any = ARMS[name](where)
+    loader: DataLoader[Any] = DataLoader(
+        data, batch_size=BATCH, sampler=data.order(0, 0), num_workers=WORKERS
+    )
+    arriving: Any = iter(loader)
     measured_at = len(loader) - 4 * WORKERS
     for step, sizes in enumerate(arriving):
         read += int(sizes.sum())

@@ -66,4 +66,5 @@ def _overlaps(found: Array, truth: Array) -> Array:
     sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
     shared = np.clip(sides, 0, None).prod(axis=-1)
     areas = [(box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1]) for box in (a, b)]
-    return shared / np.maximum(areas[0] + areas[1] - shared, 1e-9)
+    shares: Array = shared / np.maximum(areas[0] + areas[1] - shared, 1e-9)
+    return shares

@@ -46,7 +46,7 @@ def scenes(count: int, seed: int, *, test: bool) -> Scenes:
     for i in range(count):
         for place in range(random.integers(1, MAX_DIGITS + 1)):
             boxes[i, place] = _paste(images[i], masks[i], random, test)
-    images += random.normal(0, 0.04, images.shape).astype(np.float32)
+    images += np.asarray(random.normal(0, 0.04, images.shape), np.float32)
     return Scenes((images - 0.45) / 0.28, boxes, masks)
 
 

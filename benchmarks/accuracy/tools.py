@@ -106,9 +106,10 @@ def nncf(case: Case, model: Path, rows: Sequence[Feed], out: Path) -> Result:
         raise ToolFailed(f"not installed: {error}") from error
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         samples = Path(temporary) / "rows.npz"
-        np.savez(
-            samples, **{f"{i}/{name}": value for i, row in enumerate(rows) for name, value in row.items()}
-        )
+        named: dict[str, Any] = {
+            f"{i}/{name}": value for i, row in enumerate(rows) for name, value in row.items()
+        }
+        np.savez(samples, **named)
         command: list[str | Path] = [NNCF.python, _WORKER, model, samples, out]
         if case.transformer:
             command.append("--transformer")

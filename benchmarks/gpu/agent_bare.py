@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, cast
 
 import numpy as np
 import pycuda.driver as cuda
@@ -65,7 +65,7 @@ class Bare:
     def close(self) -> None:
         """Free it."""
         self._cuda.push()
-        self._context = self._engine = None
+        del self._context, self._engine
         self._host.clear()
         self._device.clear()
         self._cuda.pop()
@@ -74,8 +74,9 @@ class Bare:
         for name in self._inputs:
             self._context.set_input_shape(name, inputs[name].shape)
         for name in [*self._inputs, self._output]:
+            shape: Any = tuple(cast(Any, self._context.get_tensor_shape(name)))
             dtype = _TYPES[self._engine.get_tensor_dtype(name)]
-            self._host[name] = cuda.pagelocked_empty(tuple(self._context.get_tensor_shape(name)), dtype)
+            self._host[name] = cuda.pagelocked_empty(shape, dtype)
             self._device[name] = cuda.mem_alloc(self._host[name].nbytes)
             self._context.set_tensor_address(name, int(self._device[name]))
         self._shapes = shapes

@@ -7,7 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 import onnxruntime
@@ -98,8 +98,10 @@ class Model:
         build = self.build(route)
         for path in {"model.onnx", *build.paths}:
             (directory / path).write_bytes((self.directory / path).read_bytes())
-        np.savez(str(directory / "golden_inputs.npz"), **{n: x[:ROWS] for n, x in self.inputs.items()})
-        np.savez(str(directory / "golden_outputs.npz"), **{self.output: self.reference[:ROWS]})
+        golden: Dict[str, Any] = {n: x[:ROWS] for n, x in self.inputs.items()}
+        np.savez(str(directory / "golden_inputs.npz"), **golden)
+        expected: Dict[str, Any] = {self.output: self.reference[:ROWS]}
+        np.savez(str(directory / "golden_outputs.npz"), **expected)
         allowed = float(TOLERANCE[build.precision] * np.abs(self.reference).max())
         manifest = Manifest(
             schema=4,
@@ -175,7 +177,7 @@ def interleaved(rounds: int, runs: Dict[str, Tuple[Any, ...]]) -> Dict[str, Dict
     for function, *arguments in runs.values():
         for _ in range(20):
             function(*arguments)
-    times = {name: [] for name in runs}  # type: Dict[str, list]
+    times: Dict[str, List[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, (function, *arguments) in runs.items():
             begin_s = time.perf_counter()

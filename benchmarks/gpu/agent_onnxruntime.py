@@ -52,11 +52,11 @@ def main() -> None:
             options.json.write_text(json.dumps(_document(figures, options.rounds), indent=1))
 
 
-def _figures(model: Model, graph: Path, rounds: int) -> dict:
+def _figures(model: Model, graph: Path, rounds: int) -> Dict[str, Any]:
     engine = runtime.open_graph(graph, EngineSettings())
     session = onnxruntime.InferenceSession(str(graph), providers=["CUDAExecutionProvider"])
     bound = BoundRuns(session, list(model.inputs), [model.output])
-    found: dict = {
+    found: Dict[str, Any] = {
         "providers": session.get_providers(),
         **error(engine.run(model.inputs)[model.output], model.reference),
     }
@@ -114,7 +114,7 @@ class BoundRuns:
         return places
 
 
-def _document(figures: dict, rounds: int) -> dict:
+def _document(figures: Dict[str, Any], rounds: int) -> Dict[str, Any]:
     return {
         "name": "agent_onnxruntime",
         "claim": "ONNX Runtime's CUDA provider, as an alternative to TensorRT",

@@ -91,7 +91,8 @@ def _write(out: Path, module: nn.Module, inputs: dict[str, Array], *, seeded: bo
         onnx.save(graph, str(out / file))
     (out / "weights.json").write_text(json.dumps(weights))
     if sum(array.nbytes for array in inputs.values()) < LARGE_BYTES:  # the large ones are drawn there
-        np.savez(out / "samples.npz", **{name: array[CALIBRATION:] for name, array in inputs.items()})
+        kept: dict[str, Any] = {name: array[CALIBRATION:] for name, array in inputs.items()}
+        np.savez(out / "samples.npz", **kept)
     count = sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
     print(f"{out.name}: {count / 1e6:.2f} M parameters", flush=True)
 
@@ -144,7 +145,7 @@ def _digits() -> tuple[nn.Module, Array]:
             torch.from_numpy(np.asarray(train.labels[start : start + 64])),
         )
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
     return module, np.concatenate([train.images[:CALIBRATION], held_out.images[:TESTS]])
 

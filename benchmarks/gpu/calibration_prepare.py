@@ -78,7 +78,9 @@ def _resnet50(images: Array) -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    model = ResNetForImageClassification(ResNetConfig(num_labels=1000))
+    config = ResNetConfig()
+    config.num_labels = 1000
+    model = ResNetForImageClassification(config)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
@@ -86,7 +88,7 @@ def _resnet50(images: Array) -> nn.Module:
     with torch.no_grad():
         for start in range(0, CALIBRATION_IMAGES, 16):
             model(torch.from_numpy(images[start : start + 16]))
-    return _Logits(model.eval())
+    return _Logits(model.train(False))
 
 
 def _photograph_crops(count: int) -> Array:

@@ -14,7 +14,7 @@ import json
 import platform
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 import pycuda.driver as cuda
@@ -64,7 +64,7 @@ class CacheCalibrator(trt.IInt8EntropyCalibrator2):
     def get_batch_size(self) -> int:
         return CALIBRATION_BATCH
 
-    def get_batch(self, _names: List[str]) -> None:
+    def get_batch(self, _names: List[str]) -> Any:
         return None
 
     def read_calibration_cache(self) -> bytes:
@@ -77,7 +77,7 @@ class CacheCalibrator(trt.IInt8EntropyCalibrator2):
 class Runner:
     """An engine with device buffers for the largest batch."""
 
-    def __init__(self, serialized: Any, image_shape: tuple, stream: Any) -> None:
+    def __init__(self, serialized: Any, image_shape: Tuple[int, ...], stream: Any) -> None:
         self._engine = trt.Runtime(LOGGER).deserialize_cuda_engine(serialized)
         self._context = self._engine.create_execution_context()
         self._image_shape = image_shape
@@ -138,7 +138,7 @@ def build(directory: Path, name: str, route: str, data: Dict[str, np.ndarray]) -
     return serialized
 
 
-def _profile(builder: Any, network: Any, shape: tuple, least: int, usual: int, most: int) -> Any:
+def _profile(builder: Any, network: Any, shape: Tuple[int, ...], least: int, usual: int, most: int) -> Any:
     profile = builder.create_optimization_profile()
     name = network.get_input(0).name
     profile.set_shape(name, (least, *shape), (usual, *shape), (most, *shape))

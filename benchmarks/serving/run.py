@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-if __name__ == "__main__":  # last, because calibration.py there must not hide the package
+if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
 
 from common import document, finish

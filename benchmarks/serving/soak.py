@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # last, because calibration.py there must not hide the package
+if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
 
 import grpc

@@ -33,8 +33,9 @@ def bert(layers: int = 12, width: int = 768) -> nn.Module:
 
     config = BertConfig(
         num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width,
-        num_attention_heads=width // 64, num_labels=2,
+        num_attention_heads=width // 64,
     )  # fmt: skip
+    config.num_labels = 2
     return BertForSequenceClassification(config)
 
 
@@ -44,8 +45,9 @@ def vit(layers: int = 12, width: int = 768) -> nn.Module:
 
     config = ViTConfig(
         num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width,
-        num_attention_heads=width // 64, num_labels=CLASSES,
+        num_attention_heads=width // 64,
     )  # fmt: skip
+    config.num_labels = CLASSES
     return ViTForImageClassification(config)
 
 
@@ -53,7 +55,9 @@ def resnet50() -> nn.Module:
     """ResNet-50's shape with a thousand classes."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    return ResNetForImageClassification(ResNetConfig(num_labels=CLASSES))
+    config = ResNetConfig()
+    config.num_labels = CLASSES
+    return ResNetForImageClassification(config)
 
 
 def texts(samples: int, device: torch.device, tokens: int = 256) -> Batch:

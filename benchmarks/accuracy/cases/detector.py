@@ -45,6 +45,7 @@ class Detector(nn.Module):
         self.top = nn.Conv2d(96, 48, 1)
         self.smooth = nn.Sequential(_convolution(48, 64), _convolution(64, 64))
         self.peaks, self.sizes, self.offsets = (nn.Conv2d(64, n, 1) for n in (scans.CLASSES, 2, 2))
+        assert self.peaks.bias is not None
         nn.init.constant_(self.peaks.bias, _PRIOR_LOGIT)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,12 +33,14 @@ class _Block(nn.Module):
         scores = query @ key.transpose(-1, -2) / (_WIDTH // _HEADS) ** 0.5
         mixed = torch.softmax(scores + hidden, dim=-1) @ value
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.narrow(F.gelu(self.wide(self.second_norm(x))))
+        answer: Tensor = x + self.narrow(F.gelu(self.wide(self.second_norm(x))))
+        return answer
 
 
 def _split(x: Tensor) -> Tensor:
     """[batch, length, width] to [batch, heads, length, width / heads]."""
-    return x.unflatten(-1, (_HEADS, _WIDTH // _HEADS)).transpose(1, 2)
+    heads: Tensor = x.view(*x.shape[:-1], _HEADS, _WIDTH // _HEADS)
+    return heads.transpose(1, 2)
 
 
 class Language(nn.Module):

@@ -1,6 +1,6 @@
 """Calibrating ResNet-50 at 224 pixels: memory and time beside onnxruntime's own calibrators.
 
-python benchmarks/calibration.py [--json] [--quick]
+python benchmarks/calibration_speed.py [--json] [--quick]
 
 Each measurement is a process of its own, so that its peak memory is its own. Both tools calibrate the
 same prepared graph on the same images.
@@ -21,9 +21,6 @@ from typing import Any
 
 import numpy as np
 from common import document, finish, parse_options
-
-# This script has the name of the package that it measures: look for that elsewhere.
-sys.path.remove(str(Path(__file__).resolve().parent))
 
 PIXELS = 224
 ROUNDS = 3
@@ -94,7 +91,9 @@ def _export(path: Path) -> None:
     from calibration import prepare
 
     torch.manual_seed(0)
-    model = ResNetForImageClassification(ResNetConfig(num_labels=1000))
+    config = ResNetConfig()
+    config.num_labels = 1000
+    model = ResNetForImageClassification(config)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None  # a plain average, so that one batch settles it
@@ -104,9 +103,10 @@ def _export(path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            model.eval(), (example[:2],), dynamo=True, verbose=False, input_names=["image"],
+            model.train(False), (example[:2],), dynamo=True, verbose=False, input_names=["image"],
             dynamic_shapes=({0: torch.export.Dim("batch")},), opset_version=18,
         )  # fmt: skip
+    assert program is not None
     onnx.save(prepare(program.model_proto), str(path))
 
 
@@ -150,7 +150,7 @@ def _onnxruntime(graph: Path, observer: str, count: int) -> None:
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
     from onnxruntime.quantization.calibrate import create_calibrator
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # of a library without types
         def __init__(self) -> None:
             self.images = _images(count)
 
