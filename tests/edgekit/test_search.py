@@ -110,6 +110,14 @@ def test_the_choice_is_never_beaten(
                 assert other.facts["speedup"] < chosen.facts["speedup"]
 
 
+@pytest.mark.parametrize(("metric", "max_drop"), [(0.88, 0.02), (0.888, 0.012), (0.8, 0.1)])
+def test_a_drop_of_just_what_is_allowed_is_within(directory: Path, metric: float, max_drop: float) -> None:
+    """Six of 500 samples are 0.012, whatever the subtraction of two floats makes of them."""
+    outcome = _pick(directory, {"int8": (5.0, metric)}, Contract(max_drop=max_drop))
+    assert not outcome.unmet
+    assert outcome.chosen.facts["metric_drop"] == max_drop
+
+
 @given(figures=_figures, contract=_contracts)
 def test_every_loser_has_a_reason_and_the_chosen_has_none(
     directory: Path, figures: dict[str, tuple[float, float]], contract: Contract
