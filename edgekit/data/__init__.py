@@ -165,22 +165,38 @@ def load_data(
             "give at least a few hundred samples that look like what the device will see",
         )
     pad_id = preprocess.pad_id if isinstance(preprocess, preprocessing.TextPreprocess) else 0
-    has_labels = first[2] is not None
-    read = partial(_checked, source, signature, has_labels)
+    read = partial(_checked, source, signature, first[2])
     next(read())
-    return Dataset(source.count, has_labels, source.digest, read, pad_id)
+    return Dataset(source.count, first[2] is not None, source.digest, read, pad_id)
 
 
-def _checked(source: Source, signature: Sequence[TensorSpec] | None, has_labels: bool) -> Iterator[Sample]:
+def _checked(source: Source, signature: Sequence[TensorSpec] | None, first: Label | None) -> Iterator[Sample]:
     for where, inputs, label in source.read():
         check_sample(inputs, signature, where)
-        if (label is not None) != has_labels:
-            raise BadInput(
-                f"{where} {'lacks a label' if has_labels else 'has a label'}",
-                f"the first sample has {'one' if has_labels else 'none'}",
-                "give every sample a label, or none",
-            )
+        _check_label(label, first, where)
         yield Sample(inputs, label)
+
+
+def _check_label(label: Label | None, first: Label | None, where: str) -> None:
+    """Labels are numbers, and all like the first sample's: there, or not, and of its shape."""
+    if (label is None) != (first is None):
+        raise BadInput(
+            f"{where} {'lacks a label' if label is None else 'has a label'}",
+            f"the first sample has {'none' if first is None else 'one'}",
+            "give every sample a label, or none",
+        )
+    if label is not None and np.asarray(label).dtype.kind not in "biuf":
+        raise BadInput(
+            f"{where} has a label that is no number",
+            f"it is {str(label)[:40]!r}",
+            "number the classes as the model does, from 0",
+        )
+    if np.shape(label) != np.shape(first):  # type: ignore[arg-type]  # neither is None, or both are
+        raise BadInput(
+            f"{where} has a label of the shape {list(np.shape(label))}",  # type: ignore[arg-type]
+            f"the first sample's is {list(np.shape(first))}",  # type: ignore[arg-type]
+            "fill labels up to one shape, as boxes with rows of class -1",
+        )
 
 
 def _open(

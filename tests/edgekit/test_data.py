@@ -423,6 +423,14 @@ def test_braces_expand_and_nothing_else(spec: str, expected: list[str]) -> None:
     assert [str(path) for path in expand(spec)] == expected
 
 
+def test_a_class_by_its_name_is_refused(tmp_path: Path) -> None:
+    """A text is right for no output, so every model would score 0 and lose nothing: it is no label."""
+    names = np.array(["cat", "dog"] * 50)
+    assert "has a label that is no number" in refused(digits(tmp_path / "d.npz", labels=names))
+    path = shard(tmp_path / "s.tar", {"a.png": png(1), "a.json": b'{"label": "cat"}'})
+    assert "sample a has a label that is no number" in refused(path, IMAGES, PIXELS)
+
+
 # Functions
 
 
@@ -447,6 +455,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "    yield {'image': 'a picture'}\n"
         "def nothing():\n"
         "    return []\n"
+        "def named():\n"
+        "    yield {'image': np.zeros((1, 8, 8), np.float32), 'label': 'cat'}\n"
+        "def boxes():\n"
+        "    for i in range(3):\n"
+        "        yield {'image': np.zeros((1, 8, 8), np.float32), 'label': np.zeros((i + 1, 5))}\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -478,6 +491,8 @@ def test_functions_that_do_not_work_are_explained(module: str) -> None:
     assert "yielded a tuple" in refused(f"{module}:pairs")
     assert "no array of numbers" in refused(f"{module}:words")
     assert "empty" in refused(f"{module}:nothing")
+    assert "label that is no number" in refused(f"{module}:named")
+    assert "sample 1 has a label of the shape [2, 5]" in refused(f"{module}:boxes")
     assert "did you mean 'endless'" in refused(f"{module}:endles")
 
 
