@@ -56,12 +56,12 @@ def open_source(path: Path, preprocess: Preprocess | None, names: Sequence[str] 
     )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8") as stream:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as stream:
         yield from ((number, line) for number, line in enumerate(stream, 1) if line.strip())
 
 
-def _entry(path: Path, number: int, line: str) -> _Entry:
+def _entry(path: Path, number: int, line: bytes) -> _Entry:
     where = f"{path}, line {number}"
     try:
         record = json.loads(line)

@@ -98,3 +98,11 @@ def test_bad_annotations_are_named_by_line(tmp_path: Path, record: Any, reason: 
         load_data(path, ImagePreprocess(size=(20, 40), **GREY), None)
     assert "line 2" in str(caught.value)
     assert reason in f"{caught.value} {caught.value.fix}"
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """A path in another encoding is bad input, named by its line, and no failure of ours."""
+    path = write(tmp_path, PATCH)
+    path.write_bytes(path.read_bytes() + '{"image": "caf\u00e9.png"}\n'.encode("latin-1"))
+    with pytest.raises(BadInput, match="line 2 is not JSON"):
+        load_data(path, ImagePreprocess(size=(20, 40), **GREY), None)
