@@ -32,10 +32,10 @@ def build(work: Work, profile: Profile, out: Path) -> Built:
         outputs = session.run(example)
         rows = len(next(iter(example.values())))
         for name, value in outputs.items():
-            if len(value) != rows:
+            if value.shape[:1] != (rows,):
                 raise BadInput(
                     f"the exported graph does not keep the batch axis: output {name!r}",
-                    f"{rows} rows went in, {len(value)} came out",
+                    f"{rows} rows went in, {len(value) if value.ndim else 'a single number'} came out",
                     "export the model with a free batch axis, or set export.max_batch_size = 1",
                 )
             if not np.isfinite(value.astype(np.float64)).all():

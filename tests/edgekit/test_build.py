@@ -306,6 +306,14 @@ def test_a_graph_that_mixes_rows_is_refused(tmp_path: Path) -> None:
         run_stage("build", {"max_batch_size": 4}, given, tmp_path / "out", graph=graph)
 
 
+def test_an_output_that_is_one_number_is_refused(tmp_path: Path) -> None:
+    """A mean over the whole batch has no rows to give back: bad input, in three lines."""
+    nodes = [helper.make_node("ReduceMean", ["x"], ["y"], keepdims=0)]
+    graph, given = graph_artifact(tmp_path / "graph", nodes, ["n", 3], [])
+    with pytest.raises(BadInput, match="batch axis"):
+        run_stage("build", {"max_batch_size": 4}, given, tmp_path / "out", graph=graph)
+
+
 def test_a_graph_that_the_runtime_does_not_take_is_refused(tmp_path: Path) -> None:
     """The runtime's own words, in three lines."""
     nodes = [helper.make_node("Relu", ["x"], ["y"])]
