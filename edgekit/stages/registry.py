@@ -101,7 +101,7 @@ STAGES: dict[str, Stage] = {
         {},
         "latency",
         ("model", "device"),
-        ("accelerator", "alignment", "memory", "peak"),
+        ("name", "accelerator", "alignment", "memory", "peak"),
         ("onnxruntime", "torch"),
     ),
     "sensitivity": Stage(

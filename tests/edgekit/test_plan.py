@@ -130,6 +130,9 @@ def test_the_profile_counts_only_where_it_is_looked_at(given_sources: Sources) -
     assert "prune" in _changed(base, _plan(given_sources, wider))
     assert "export.original" not in _changed(base, _plan(given_sources, wider))
     assert not _changed(base, _plan(given_sources, X86.model_copy(update={"description": "another"})))
+    bounded = _plan(given_sources, contract__latency="p95:1ms")
+    alike = _plan(given_sources, X86.model_copy(update={"name": "alike"}), contract__latency="p95:1ms")
+    assert "staircase" in _changed(bounded, alike), "a prediction names the profile that it is of"
 
 
 def test_other_versions_of_a_library_count(given_sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
