@@ -86,7 +86,7 @@ def prepare(request: Request) -> Prepared:
     device, *others = (profile.load(name) for name in request.profile)
     further = tuple(others)
     model, description = _load_model(request, recipe)
-    calib = load_data(request.calib, description, model.inputs, recipe.seed)
+    calib = whole = load_data(request.calib, description, model.inputs, recipe.seed)
     held_out, evaluated_on = None, f"held-out data {request.eval}"
     if request.eval is None:
         calib, held_out = calib.split(HOLD_OUT_EVERY)
@@ -96,6 +96,8 @@ def prepare(request: Request) -> Prepared:
     train = calib
     if request.train is not None:
         train = load_data(request.train, description, model.inputs, recipe.seed)
+        if train.digest == whole.digest:  # what is held out of one is held out of both
+            train = calib
     _not_empty(calib, request.calib)
     _not_empty(held_out, request.eval or request.calib)
     behind = _load_postprocess(request, recipe, model)

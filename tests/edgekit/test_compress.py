@@ -20,7 +20,7 @@ from host_testing import HERE, RECIPE, Forker, TinyModel, assert_three_lines
 from calibration.session import exact_session
 from calibration.tensorrt_cache import read_cache
 from device_agent.manifest import read
-from edgekit import bundle
+from edgekit import bundle, compress
 from edgekit.artifact import open_store
 
 SCHEMA = json.loads((HERE / "report.schema.json").read_text())
@@ -488,6 +488,20 @@ def test_without_eval_a_fifth_is_held_out(
     assert document["chosen"]["metric"]["samples"] == 700 // 5
     assert "held out" in document["evaluated_on"]
     assert document["chosen"]["pruning"] is None
+
+
+def test_training_on_the_calibration_data_leaves_out_what_is_held_out_of_it(tmp_path: Path) -> None:
+    """``--train`` that names the file of ``--calib`` does not bring back what is measured on."""
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 1]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    data = str(tmp_path / "data.npz")
+    np.savez(data, x=np.arange(50, dtype=np.float32)[:, None])
+    request = compress.Request(str(tmp_path / "model.onnx"), ("x86-cpu",), data, train=data)
+    sources = compress.prepare(request).sources
+    held_out = {float(sample.inputs["x"][0]) for sample in sources.held_out.samples()}
+    assert len(held_out) == 10
+    assert held_out.isdisjoint(float(sample.inputs["x"][0]) for sample in sources.train.samples())
 
 
 def test_an_onnx_file_is_quantized_without_pruning(
