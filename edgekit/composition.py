@@ -20,7 +20,7 @@ from device_agent.manifest import Contract, Golden, Manifest, Step, TensorSpec, 
 from edgekit import __version__, bundle, ort
 from edgekit.errors import BadInput
 from edgekit.profile import Profile
-from edgekit.tensors import Arrays, spec_of
+from edgekit.tensors import Arrays, spec_of, write_npz
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
@@ -106,8 +106,8 @@ def pack_composition(
         staging = Path(temporary)
         _stage(staging, ordered, models)
         (staging / "golden").mkdir()
-        np.savez(staging / _INPUTS, **golden_inputs)  # type: ignore[arg-type]  # names are the tensors'
-        np.savez(staging / _OUTPUTS, **golden_outputs)  # type: ignore[arg-type]
+        write_npz(staging / _INPUTS, golden_inputs)
+        write_npz(staging / _OUTPUTS, golden_outputs)
         manifest = Manifest(
             schema=1,
             name=release.name,

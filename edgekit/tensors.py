@@ -6,8 +6,10 @@ shapes with the batch axis first and -1 where a size is free.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -55,6 +57,14 @@ def spec_of(info: ValueInfoProto) -> TensorSpec:
     return TensorSpec(
         info.name, protocol_dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape
     )
+
+
+def write_npz(target: Path | BinaryIO, arrays: Arrays) -> None:
+    """Write a ``.npz``, as ``numpy.savez`` does, which cannot take an array called ``file``."""
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def check_sample(sample: Arrays, signature: Sequence[TensorSpec] | None, where: str) -> None:

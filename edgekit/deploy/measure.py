@@ -19,7 +19,7 @@ from edgekit.errors import Missing
 from edgekit.measure import latency
 from edgekit.measure.device import Timed
 from edgekit.measure.latency import Latency
-from edgekit.tensors import Arrays
+from edgekit.tensors import Arrays, write_npz
 
 _REMOTE_COMMAND = ("edgekit-agent", "measure")
 _TIMEOUT_S = 1800
@@ -131,7 +131,7 @@ def _file(graph: Path | bytes) -> bytes:
 
 def _arrays(inputs: Arrays) -> bytes:
     written = io.BytesIO()
-    np.savez(written, **inputs)  # type: ignore[arg-type]  # names are the model's inputs
+    write_npz(written, inputs)
     return written.getvalue()
 
 

@@ -203,9 +203,16 @@ def _prove(module: nn.Module, model: Model, path: Path) -> None:
             want = tensor.numpy()
             if got[name].shape != want.shape:
                 raise ValueError(f"at batch {batch}, {name} has shape {got[name].shape}, not {want.shape}")
-            worst = float(np.abs(got[name].astype(np.float64) - want).max(initial=0))
-            if worst > _TOLERANCE_FRACTION * max(1.0, float(np.abs(want).max(initial=0))):
+            worst, largest = _worst(got[name].astype(np.float64), want), np.abs(want[np.isfinite(want)])
+            if not worst <= _TOLERANCE_FRACTION * max(1.0, float(largest.max(initial=0))):  # or it is NaN
                 raise ValueError(f"at batch {batch}, {name} differs from the module by {worst:.2g}")
+
+
+def _worst(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
+    """The largest difference; NaN where only one of them is NaN, or each infinite in its own way."""
+    same = (got == want) | (np.isnan(got) & np.isnan(want))
+    with np.errstate(invalid="ignore"):
+        return float(np.abs(np.where(same, 0.0, got - want)).max(initial=0))
 
 
 @contextlib.contextmanager

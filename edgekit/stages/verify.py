@@ -23,6 +23,7 @@ from edgekit.measure.outputs import collect
 from edgekit.profile import Profile
 from edgekit.recipe import Measure
 from edgekit.stages.registry import Inputs
+from edgekit.tensors import write_npz
 
 GOLDEN_INPUTS = "golden_inputs.npz"
 GOLDEN_OUTPUTS = "golden_outputs.npz"
@@ -97,8 +98,8 @@ def _golden(session: ort.Chain, data: Dataset, engine: Artifact, out: Path) -> d
     rows = min(_GOLDEN_ROWS, int(engine.metadata["max_batch_size"]))
     golden_inputs = next(iter(data.batches(rows))).inputs
     golden_outputs = session.run(golden_inputs)
-    np.savez(out / GOLDEN_INPUTS, **golden_inputs)  # type: ignore[arg-type]  # names are the model's inputs
-    np.savez(out / GOLDEN_OUTPUTS, **golden_outputs)  # type: ignore[arg-type]
+    write_npz(out / GOLDEN_INPUTS, golden_inputs)
+    write_npz(out / GOLDEN_OUTPUTS, golden_outputs)
     share = GOLDEN_TOLERANCE[engine.metadata["precision"]]
     return {
         name: {"absolute": share * max(float(np.abs(value).max(initial=0)), 1e-6), "relative": 0.0}

@@ -161,6 +161,29 @@ def test_a_wrong_graph_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "differs from the module" in caught.value.why
 
 
+class _Masked(nn.Module):
+    """Scores, some of them ruled out, and a logarithm that has no value for some inputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = x.masked_fill(x > 1.0, float("-inf")) + torch.log(x + 1.0)
+        return scores
+
+
+def test_what_is_no_number_must_be_none_in_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Infinite scores and NaN of the module are no reason against its graph; NaN where it has none are."""
+    model = torch_model(_Masked, image=(3, 6, 6))
+    made = run_stage("export", EXPORT, sources(model), tmp_path / "a")
+    assert made.metadata["exporter"] == "dynamo"
+
+    def without_values(module: nn.Module, model: Any, opset: int, path: Path) -> None:
+        lost = nn.Sequential(module, nn.Threshold(100.0, float("nan"))).eval()
+        export._torchscript(lost, model, opset, path)
+
+    monkeypatch.setattr(export, "_dynamo", without_values)
+    made = run_stage("export", EXPORT, sources(torch_model(_conv, image=(3, 6, 6))), tmp_path / "b")
+    assert made.metadata["exporter"] == "torchscript"
+
+
 def test_a_given_graph_is_taken_over_in_one_file(tmp_path: Path) -> None:
     """An ONNX model with external data becomes one self-contained file with the same outputs."""
     model = torch_model(_conv, image=(3, 6, 6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 from device_agent.manifest import TensorSpec
 from device_agent.manifest_checks import DTYPES
 from edgekit.errors import BadInput
-from edgekit.tensors import check_sample, numpy_dtype, protocol_dtype
+from edgekit.tensors import Arrays, check_sample, numpy_dtype, protocol_dtype, write_npz
 
 
 @pytest.mark.parametrize("name", sorted(set(DTYPES) - {"BYTES", "BF16"}))
@@ -50,3 +51,15 @@ def test_values_that_are_not_finite_are_refused(value: float, dtype: Any) -> Non
     """NaN and infinity are named with tensor and sample, with or without a signature."""
     with pytest.raises(BadInput, match="sample 3: 'x' holds NaN or infinity"):
         check_sample({"x": np.array([0, value], dtype)}, None, "sample 3")
+
+
+def test_arrays_of_any_name_are_written(tmp_path: Path) -> None:
+    """A model's input may be called as a parameter of ``numpy.savez``; else the bytes are that function's."""
+    odd: Arrays = {"file": np.arange(3), "allow_pickle": np.ones((2, 2), np.float32)}
+    write_npz(tmp_path / "odd.npz", odd)
+    with np.load(tmp_path / "odd.npz", allow_pickle=False) as stored:
+        assert {name: stored[name].tolist() for name in stored} == {k: v.tolist() for k, v in odd.items()}
+    plain = {"image": np.zeros((2, 3), np.float32), "mask": np.ones(4, bool)}
+    write_npz(tmp_path / "a.npz", plain)
+    np.savez(tmp_path / "b.npz", image=plain["image"], mask=plain["mask"])
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
