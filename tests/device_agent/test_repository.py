@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 import threading
 import urllib.request
 from pathlib import Path
@@ -18,7 +19,9 @@ from onnx import helper
 from tritonclient.utils import InferenceServerException
 
 from agent_testing import AgentProcess, identity, install, linear, linear_bundle, make_model, session_of
+from device_agent.errors import BadInput
 from device_agent.manifest import TensorSpec
+from device_agent.repository.uploads import Uploads
 
 LINEAR = """
 max_batch_size: 8
@@ -236,6 +239,26 @@ def test_an_upload_that_cannot_serve_is_refused_whole(
     with pytest.raises(InferenceServerException, match=names):
         client.load_model("bad", config=config, files=files)
     assert "bad" not in index_of(client)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of this test's own, with a file in it, where temporary files are kept."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "of another program").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../up", "a\0b"])
+def test_a_model_without_a_usable_name_leaves_temporary_files_alone(temporary: Path, name: str) -> None:
+    """An upload for a model that cannot have a directory is refused, and nothing of others is deleted."""
+    uploads = Uploads(limit_bytes=100)
+    try:
+        with pytest.raises(BadInput, match="its name cannot be"):
+            uploads.remove(uploads.add(name, {"1/model.onnx": b""}))
+    finally:
+        uploads.clear()
+    assert [path.name for path in temporary.iterdir()] == ["of another program"]
 
 
 def test_files_without_a_configuration_are_refused(agent: AgentProcess) -> None:
