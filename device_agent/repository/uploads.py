@@ -11,7 +11,7 @@ from typing import Dict, Mapping
 from device_agent.errors import BadInput
 
 MAX_FILES = 256
-_PART = re.compile(r"[^/\\\0]{1,100}")
+_PART = re.compile(r"[^/\\\0\ud800-\udfff]{1,100}")
 _NAME = re.compile(r"[^./\0][^/\0]*")
 
 

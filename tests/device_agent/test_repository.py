@@ -261,6 +261,18 @@ def test_a_model_without_a_usable_name_leaves_temporary_files_alone(temporary: P
     assert [path.name for path in temporary.iterdir()] == ["of another program"]
 
 
+def test_a_file_name_that_cannot_be_stored_takes_no_room(temporary: Path) -> None:
+    """Half a character, which JSON can carry, is in no file's name: refused, it leaves the room to others."""
+    uploads = Uploads(limit_bytes=100)
+    try:
+        with pytest.raises(BadInput, match="no usable path"):
+            uploads.add("model", {"1/\ud800": bytes(60)})
+        uploads.remove(uploads.add("model", {"1/model.onnx": bytes(60)}))
+    finally:
+        uploads.clear()
+    assert [path.name for path in temporary.iterdir()] == ["of another program"]
+
+
 def test_files_without_a_configuration_are_refused(agent: AgentProcess) -> None:
     """As in Triton, an upload comes with its configuration; base64 that is none is a 400 too."""
     for parameters in ({"file:1/model.onnx": ""}, {"config": "{}", "file:1/model.onnx": "*"}, {"config": 1}):
