@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import gc
 import os
 import signal
+import socket
+import subprocess
 import threading
 import time
 import urllib.request
@@ -143,6 +147,24 @@ def test_a_graph_that_does_not_load_is_refused_with_the_runtimes_reason(tmp_path
     path.write_bytes(b"not a model")
     with pytest.raises(Refused, match=r"does not load m\.onnx"):
         ProcessEngine(EngineSource("onnxruntime", str(path)), _settings())
+
+
+@pytest.mark.parametrize("cannot", ["socketpair", "Popen"])
+def test_a_process_that_cannot_be_started_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cannot: str
+) -> None:
+    """A device without room for a process is asked again and again; no try costs descriptors or memory."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(socket if cannot == "socketpair" else subprocess, cannot, refuse)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(Refused, match="cannot be started"):
+            ProcessEngine(_source(tmp_path, linear()), _settings())
+    gc.collect()  # an error knows its frames, and with them what is mapped
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # Crashes
