@@ -357,6 +357,14 @@ def test_strings_may_be_as_many_as_their_tensor_has() -> None:
     assert protocol.decode(open_envelope(message.SerializeToString())).inputs["x"].shape == (1, 20_000)
 
 
+def test_nesting_multiplies_no_number_of_fields() -> None:
+    """A message of a few thousand messages of a few thousand fields each is refused like one of millions."""
+    item = delimited(1, b"x") + (b"\x18" + varint(3)) * 10_000
+    assert SCHEMA.decode("ModelInferRequest", memoryview(delimited(5, item)))["inputs"][0]["name"] == "x"
+    with pytest.raises(WireError, match="more than 16384 fields"):
+        SCHEMA.decode("ModelInferRequest", memoryview(delimited(5, item) * 2))
+
+
 @given(st.binary(max_size=80))
 def test_strangers_get_a_protocol_error(data: bytes) -> None:
     """Bytes that are no request end in a ProtocolError, whatever they are."""
