@@ -6,6 +6,7 @@ import json
 import re
 import tempfile
 import threading
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional
@@ -166,6 +167,24 @@ def test_grpc_sees_the_same_repository(agent: AgentProcess) -> None:
         expected = session_of(linear(seed=8)).run(None, {"x": X})[0]
         assert np.array_equal(client.infer("over-grpc", [tensor]).as_numpy("scores"), expected)
         client.unload_model("over-grpc")
+
+
+def test_a_load_goes_on_when_its_client_gives_up(agent: AgentProcess) -> None:
+    """A model whose loading takes longer than its client waits serves when it is ready, as over HTTP."""
+    sample = {"x": {"data_type": "TYPE_FP32", "dims": [8], "zero_data": True}}
+    config = {"model_warmup": [{"name": "long", "batch_size": 65536, "count": 1000, "inputs": sample}]}
+    graph = linear(seed=9).SerializeToString()
+    address = agent.wait_for(r"grpc=(\S+)").group(1)
+    with tritonclient.grpc.InferenceServerClient(address) as client:
+        with pytest.raises(InferenceServerException, match="Deadline"):
+            client.load_model(
+                "slow", config=json.dumps(config), files={"file:1/model.onnx": graph}, client_timeout=0.1
+            )
+        deadline_s = time.monotonic() + 30
+        while not client.is_model_ready("slow"):
+            assert time.monotonic() < deadline_s, "it never served"
+            time.sleep(0.05)
+        client.unload_model("slow")
 
 
 def test_what_does_not_load_says_why_and_harms_nobody(client: Any, agent: AgentProcess) -> None:
