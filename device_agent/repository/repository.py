@@ -133,7 +133,11 @@ class Repository:
             serving = self._models.versions(name)
             prepare = partial(prepare_versions, self._models, directory, override, serving)
             versions = await loop.run_in_executor(None, prepare)
-            old = self._models.replace(name, versions)
+            try:
+                old = self._models.replace(name, versions)
+            except Refused:
+                await loop.run_in_executor(None, _discard, self._models, versions, serving)
+                raise
             previous = self._directories.get(name)
             self._directories[name] = directory
             self._failures.pop(name, None)
@@ -194,9 +198,13 @@ def prepare_versions(
             identity = files.digest(directory, version, config)
             ready.append(known.get(identity) or open_version(models, directory, version, config, identity))
     except BaseException:
-        for loaded in ready:
-            if loaded.digest not in known:
-                loaded.batcher.close()
-                loaded.engine.close()
+        _discard(models, ready, serving)
         raise
     return ready
+
+
+def _discard(models: Models, versions: Sequence[LoadedModel], serving: Sequence[LoadedModel]) -> None:
+    """Free versions that will not serve, but none that serves already. Blocks."""
+    for loaded in versions:
+        if not any(loaded is kept for kept in serving):
+            models.discard(loaded)

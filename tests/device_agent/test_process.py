@@ -26,6 +26,7 @@ from device_agent.engines.source import EngineSource
 from device_agent.errors import Refused
 from device_agent.metrics import Metrics
 from device_agent.models import Models
+from device_agent.repository.repository import Repository, RepositorySettings
 from device_agent.tensors import NUMPY_DTYPES, object_array
 
 X = np.ones((1, 8), np.float32)
@@ -294,6 +295,36 @@ def test_twenty_cycles_give_their_memory_and_descriptors_back(tmp_path: Path) ->
     assert after[0] < 1.05 * before[0]
     assert after[1:] == before[1:]
     assert not any(map(_is_alive, processes))
+
+
+def test_a_model_that_may_not_serve_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository's model whose name an installed bundle has is refused, and its process ended."""
+    bundle = linear_bundle(tmp_path / "1")
+    models = _isolated_models()
+    (tmp_path / "models" / "model" / "1").mkdir(parents=True)
+    (tmp_path / "models" / "model" / "1" / "model.onnx").write_bytes(linear(seed=5).SerializeToString())
+    opened, open_graph = [], models.loader.open_graph
+
+    def open_and_note(*arguments: Any) -> Any:
+        engine = open_graph(*arguments)
+        opened.append(engine.process)
+        return engine
+
+    monkeypatch.setattr(models.loader, "open_graph", open_and_note)
+
+    async def main() -> None:
+        loaded = models.prepare(bundle.directory, bundle.manifest, bundle.digest)
+        models.switch(loaded)
+        await Repository(RepositorySettings(tmp_path / "models"), models).start()
+        assert models.get("model") is loaded
+        assert loaded.engine.process
+        models.unload("model")
+        await models.retire(loaded)
+
+    asyncio.run(main())
+    assert [_is_alive(process) for process in opened] == [False]
 
 
 def test_an_isolated_model_never_runs_on_the_event_loop(tmp_path: Path) -> None:
