@@ -192,7 +192,8 @@ def prepare_versions(
             f"put the graph at {directory.name}/1/{config.filename}",
         )
     ready: List[LoadedModel] = []
-    known = {loaded.digest: loaded for loaded in serving}
+    # What an earlier upload brought goes with its files, which a process that is started again reads.
+    known = {loaded.digest: loaded for loaded in serving if loaded.directory == directory}
     try:
         for version in chosen:
             identity = files.digest(directory, version, config)

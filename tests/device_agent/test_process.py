@@ -26,7 +26,7 @@ from device_agent.engines.source import EngineSource
 from device_agent.errors import Refused
 from device_agent.metrics import Metrics
 from device_agent.models import Models
-from device_agent.repository.repository import Repository, RepositorySettings
+from device_agent.repository.repository import EXPLICIT, Repository, RepositorySettings
 from device_agent.tensors import NUMPY_DTYPES, object_array
 
 X = np.ones((1, 8), np.float32)
@@ -325,6 +325,31 @@ def test_a_model_that_may_not_serve_leaves_no_process(
 
     asyncio.run(main())
     assert [_is_alive(process) for process in opened] == [False]
+
+
+def test_a_model_that_was_uploaded_twice_survives_its_crash(tmp_path: Path) -> None:
+    """The same files once more change nothing; the process still finds them when it is started again."""
+    models = _isolated_models()
+    (tmp_path / "models").mkdir()
+    files = {"1/model.onnx": linear().SerializeToString()}
+
+    async def main() -> None:
+        repository = Repository(RepositorySettings(tmp_path / "models", EXPLICIT), models)
+        try:
+            for _ in range(2):
+                for replaced in await repository.load("model", "{}", files):
+                    await models.retire(replaced)
+            loaded = models.get("model")
+            assert loaded is not None
+            os.kill(loaded.engine.process, signal.SIGKILL)
+            _until(lambda: loaded.why_down)
+            _until(lambda: not loaded.why_down)
+            for replaced in repository.unload("model"):
+                await models.retire(replaced)
+        finally:
+            repository.close()
+
+    asyncio.run(main())
 
 
 def test_an_isolated_model_never_runs_on_the_event_loop(tmp_path: Path) -> None:
