@@ -243,8 +243,8 @@ class Models:
         return next((loaded for loaded in versions if loaded.version == version), None)
 
     def has_bundle(self, name: str) -> bool:
-        """Whether what serves under a name is an installed bundle."""
-        return name in self._serving and name not in self._repository_names
+        """Whether what serves under a name is an installed bundle, or one that is paused."""
+        return name in self._pauses or (name in self._serving and name not in self._repository_names)
 
     def versions(self, name: str) -> Tuple[LoadedModel, ...]:
         """Every serving version of a model, ascending."""

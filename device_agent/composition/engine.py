@@ -32,7 +32,8 @@ def open_composition(source: EngineSource, settings: EngineSettings, open_step: 
 
     Raises:
         Missing: as ``open_step``.
-        Refused: as ``open_step``; or the tensors of two steps differ in type or shape.
+        Refused: as ``open_step``; or the tensors of two steps differ in type or shape, or no
+            step takes an input.
     """
     with ExitStack() as undo:
         engines = []
@@ -40,6 +41,9 @@ def open_composition(source: EngineSource, settings: EngineSettings, open_step: 
             engines.append(open_step(source.of_step(step), settings))
             undo.callback(engines[-1].close)
         tensors = _check(source.steps, engines)
+        unused = [name for name in source.inputs if name not in tensors]
+        if unused:
+            raise _refused(f"no step takes '{unused[0]}'")
         undo.pop_all()
     names = tuple(tensors[name] for name in source.inputs), tuple(tensors[name] for name in source.outputs)
     return ComposedEngine(source, engines, *names)

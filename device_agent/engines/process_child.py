@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from typing import Any, Dict, FrozenSet, Mapping, Sequence, Tuple
 
@@ -53,19 +53,9 @@ class EngineProcess:
         self._running = threading.Lock()
         self._closed = False
         try:
-            self._request = SharedMemory.create("edgekit-request")
-            self._answer = SharedMemory.create("edgekit-answer")
-            self._channel, theirs = socket.socketpair()
-            inherited = (theirs.fileno(), self._request.descriptor, self._answer.descriptor)
-            with theirs:
-                numbers = map(str, (*inherited, os.getpid()))
-                self._popen = subprocess.Popen(
-                    [sys.executable, "-m", "device_agent.engines.worker", *numbers],
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=inherited,
-                    # The agent may be where Python does not search by itself.
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                )
+            with ExitStack() as undo:
+                self._popen = self._start(undo)
+                undo.pop_all()
         except OSError as error:
             raise Refused(
                 "an engine process cannot be started",
@@ -73,6 +63,24 @@ class EngineProcess:
                 "free memory or raise the service's limits, or set isolate = false for this model",
             ) from error
         self.process = self._popen.pid
+
+    def _start(self, undo: ExitStack) -> subprocess.Popen[bytes]:
+        self._request = SharedMemory.create("edgekit-request")
+        undo.callback(self._request.close)
+        self._answer = SharedMemory.create("edgekit-answer")
+        undo.callback(self._answer.close)
+        self._channel, theirs = socket.socketpair()
+        undo.callback(self._channel.close)
+        inherited = (theirs.fileno(), self._request.descriptor, self._answer.descriptor)
+        numbers = map(str, (*inherited, os.getpid()))
+        with theirs:
+            return subprocess.Popen(
+                [sys.executable, "-m", "device_agent.engines.worker", *numbers],
+                stdin=subprocess.DEVNULL,
+                pass_fds=inherited,
+                # The agent may be where Python does not search by itself.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
 
     def open(self, source: EngineSource, settings: EngineSettings) -> None:
         """Load the engine in the process.

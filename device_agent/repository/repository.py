@@ -133,7 +133,11 @@ class Repository:
             serving = self._models.versions(name)
             prepare = partial(prepare_versions, self._models, directory, override, serving)
             versions = await loop.run_in_executor(None, prepare)
-            old = self._models.replace(name, versions)
+            try:
+                old = self._models.replace(name, versions)
+            except Refused:
+                await loop.run_in_executor(None, _discard, self._models, versions, serving)
+                raise
             previous = self._directories.get(name)
             self._directories[name] = directory
             self._failures.pop(name, None)
@@ -188,15 +192,20 @@ def prepare_versions(
             f"put the graph at {directory.name}/1/{config.filename}",
         )
     ready: List[LoadedModel] = []
-    known = {loaded.digest: loaded for loaded in serving}
+    # What an earlier upload brought goes with its files, which a process that is started again reads.
+    known = {loaded.digest: loaded for loaded in serving if loaded.directory == directory}
     try:
         for version in chosen:
             identity = files.digest(directory, version, config)
             ready.append(known.get(identity) or open_version(models, directory, version, config, identity))
     except BaseException:
-        for loaded in ready:
-            if loaded.digest not in known:
-                loaded.batcher.close()
-                loaded.engine.close()
+        _discard(models, ready, serving)
         raise
     return ready
+
+
+def _discard(models: Models, versions: Sequence[LoadedModel], serving: Sequence[LoadedModel]) -> None:
+    """Free versions that will not serve, but none that serves already. Blocks."""
+    for loaded in versions:
+        if not any(loaded is kept for kept in serving):
+            models.discard(loaded)

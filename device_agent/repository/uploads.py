@@ -11,7 +11,8 @@ from typing import Dict, Mapping
 from device_agent.errors import BadInput
 
 MAX_FILES = 256
-_PART = re.compile(r"[^/\\\0]{1,100}")
+_PART = re.compile(r"[^/\\\0\ud800-\udfff]{1,100}")
+_NAME = re.compile(r"[^./\0][^/\0]*")
 
 
 class Uploads:
@@ -36,7 +37,7 @@ class Uploads:
             The model's directory, of that name, to be given to :meth:`remove`.
 
         Raises:
-            BadInput: a path that leaves the directory, or too much.
+            BadInput: a name that no directory can have, a path that leaves the directory, or too much.
         """
         size = sum(map(len, files.values()))
         if len(files) > MAX_FILES or size + sum(self._sizes.values()) > self._limit_bytes:
@@ -45,8 +46,12 @@ class Uploads:
                 f"uploaded models may take {self._limit_bytes} bytes in {MAX_FILES} files each",
                 "unload a model that was uploaded, or raise limits.max_upload_bytes",
             )
-        if name.startswith(".") or "/" in name:
-            raise _unusable(name, name)
+        if not _NAME.fullmatch(name):  # an empty one would be the directory above, with what is not ours
+            raise BadInput(
+                f"model '{name[:200]}' cannot be loaded from files",
+                "its name cannot be that of a directory",
+                "choose a name without slashes that does not begin with a dot",
+            )
         paths = [_checked(name, path) for path in files]
         directory = Path(tempfile.mkdtemp(prefix="edgekit-upload-"), name)
         self._sizes[directory] = size

@@ -13,6 +13,7 @@ from device_agent.server.wire import (
     FIXED32,
     FIXED64,
     LENGTH_DELIMITED,
+    MAX_FIELDS,
     VARINT,
     WireError,
     read_fields,
@@ -31,13 +32,17 @@ def decode_contents(spec: TensorSpec, shape: Shape, data: memoryview) -> np.ndar
     """Read the values of an input from its ``InferTensorContents``.
 
     Raises:
-        ProtocolError: 400: the datatype has no typed form, the values are in another field or do not fit.
+        ProtocolError: 400: the datatype has no typed form, the values are in another field, in too many
+            pieces, or do not fit.
     """
     wanted = _CONTENTS_FIELDS.get(spec.dtype)
     if wanted is None:
         raise ProtocolError(400, f"input '{spec.name}' is {spec.dtype}, which only raw_input_contents carry")
     try:
-        values = _bytes_values(data) if spec.dtype == "BYTES" else _number_values(spec.dtype, wanted, data)
+        if spec.dtype == "BYTES":
+            values: Any = _bytes_values(data, element_count(shape))
+        else:
+            values = _number_values(spec.dtype, wanted, data)
     except WireError as error:
         raise ProtocolError(400, f"the contents of input '{spec.name}' are damaged: {error}") from error
     if len(values) != element_count(shape):
@@ -54,10 +59,10 @@ def decode_contents(spec: TensorSpec, shape: Shape, data: memoryview) -> np.ndar
         raise ProtocolError(400, f"input '{spec.name}' {error}") from error
 
 
-def _bytes_values(data: memoryview) -> List[bytes]:
+def _bytes_values(data: memoryview, count: int) -> List[bytes]:
     return [
         bytes(value)
-        for number, _, value, _, _ in read_fields(data, max_fields=len(data))
+        for number, _, value, _, _ in read_fields(data, max(count, MAX_FIELDS))  # each is a field of its own
         if number == _CONTENTS_FIELDS["BYTES"] and isinstance(value, memoryview)
     ]
 
@@ -67,7 +72,7 @@ def _number_values(datatype: str, wanted: int, data: memoryview) -> np.ndarray[A
     fixed = NUMPY_DTYPES[datatype] if datatype in ("FP32", "FP64") else None
     pieces: List[np.ndarray[Any, Any]] = []
     alone = VARINT if fixed is None else FIXED32 if fixed.itemsize == 4 else FIXED64
-    for number, wire_type, value, _, _ in read_fields(data, max_fields=len(data)):
+    for number, wire_type, value, _, _ in read_fields(data):
         if number != wanted or wire_type not in (alone, LENGTH_DELIMITED):
             continue
         if isinstance(value, int):

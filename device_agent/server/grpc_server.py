@@ -270,7 +270,8 @@ async def _load(service: InferenceService, request: Values) -> None:
         for key, choice in parameters.items()
         if key.startswith(_FILE_PREFIX)
     }
-    await service.load(request.get("model_name", ""), config, files)
+    # A client that gives up ends its call, but not what it began: half a load would hold memory for nobody.
+    await asyncio.shield(service.load(request.get("model_name", ""), config, files))
 
 
 def _refuse_cuda(request: Values) -> None:

@@ -17,6 +17,7 @@ from device_agent.server.fields import ProtocolError, shown
 
 if TYPE_CHECKING:
     from device_agent.repository.repository import Repository
+    from device_agent.swap_plan import SwapPlan
 
 
 class ModelControl:
@@ -53,7 +54,8 @@ class ModelControl:
             files: uploaded files by path inside the model's directory, in place of the repository's.
 
         Raises:
-            ProtocolError: 400: it is not there, does not come up, or clients may not load it.
+            ProtocolError: 400: it is not there, does not come up, or clients may not load it; 503 in a
+                planned pause.
         """
         is_bundle = name in self._unloaded or self._models.has_bundle(name)
         if is_bundle and (config is not None or files):
@@ -70,6 +72,9 @@ class ModelControl:
     async def _load_bundle(self, name: str) -> Sequence[LoadedModel]:
         if self._models.get(name) is not None:
             return ()
+        pause = self._models.pause_of(name)
+        if pause is not None:
+            raise paused(name, pause)
         known = self._unloaded[name]
         prepare = partial(self._models.prepare, known.directory, known.manifest, known.digest)
         loaded = await asyncio.get_running_loop().run_in_executor(None, prepare)
@@ -93,6 +98,11 @@ class ModelControl:
             return ()
         self._unloaded[name] = loaded
         return (loaded,)
+
+
+def paused(name: str, pause: SwapPlan) -> ProtocolError:
+    """What is answered to clients of a model that changes its version."""
+    return ProtocolError(503, f"model '{name}' changes its version: {pause}", pause.pause_s or 0.0)
 
 
 def _loaded_entry(loaded: LoadedModel) -> Dict[str, str]:

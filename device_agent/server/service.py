@@ -37,7 +37,7 @@ from device_agent.models import Models
 from device_agent.server.documents import model_config, model_metadata, model_statistics
 from device_agent.server.fields import ProtocolError, shown
 from device_agent.server.interface import Arrays, InferRequest, ModelInterface
-from device_agent.server.model_control import ModelControl
+from device_agent.server.model_control import ModelControl, paused
 from device_agent.server.shared_memory import Regions
 
 if TYPE_CHECKING:
@@ -118,8 +118,7 @@ class InferenceService:
         if loaded is None:
             pause = self._models.pause_of(name)
             if pause is not None:
-                message = f"model '{name}' changes its version: {pause}"
-                raise ProtocolError(503, message, pause.pause_s or 0.0)
+                raise paused(name, pause)
             raise _not_found(name, version, self._models.versions(name))
         known = self._served.get((name, loaded.version))
         if known is None or known.loaded is not loaded:

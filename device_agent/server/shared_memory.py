@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -20,6 +21,7 @@ from typing import Any, Dict, List, Optional
 from device_agent.server.fields import ProtocolError, is_size, shown
 
 _MAX_REGIONS = 256  # each holds a file open
+_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\0\ud800-\udfff]+")
 _DIRECTORY = Path("/dev/shm")  # noqa: S108 - this is where POSIX shared memory lives on Linux
 
 
@@ -57,11 +59,7 @@ class Regions:
         if len(self._regions) >= _MAX_REGIONS:
             raise ProtocolError(400, f"there are {_MAX_REGIONS} shared memory regions; unregister some")
         object_name = key[1:] if isinstance(key, str) and key.startswith("/") else key
-        if (
-            not isinstance(object_name, str)
-            or object_name in ("", ".", "..")
-            or set("/\0") & set(object_name)
-        ):
+        if not isinstance(object_name, str) or not _NAME.fullmatch(object_name):
             raise ProtocolError(400, f"{shown(key)} cannot be the key of a shared memory object")
         if not is_size(offset) or not is_size(byte_size) or byte_size == 0:
             raise ProtocolError(400, "offset and byte_size are not sizes in bytes")

@@ -17,7 +17,7 @@ VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
 _MAX_VARINT_BYTES = 10
 _MAX_NUMBER = (1 << 29) - 1
-_MAX_FIELDS = 1 << 14  # of one message; reading millions would keep every other client waiting
+MAX_FIELDS = 1 << 14  # of one message; reading millions would keep every other client waiting
 _MASK_64 = (1 << 64) - 1
 
 Value = Union[int, memoryview]
@@ -43,9 +43,7 @@ def read_varint(data: memoryview, position: int) -> Tuple[int, int]:
     raise WireError("a number is cut short or too long")
 
 
-def read_fields(
-    data: memoryview, max_fields: int = _MAX_FIELDS
-) -> Iterator[Tuple[int, int, Value, int, int]]:
+def read_fields(data: memoryview, max_fields: int = MAX_FIELDS) -> Iterator[Tuple[int, int, Value, int, int]]:
     """Every field of a message, in the order of its bytes.
 
     Args:

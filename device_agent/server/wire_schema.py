@@ -13,8 +13,10 @@ from typing import Any, Dict, List, Mapping, Optional
 from device_agent.server.wire import (
     FIXED64,
     LENGTH_DELIMITED,
+    MAX_FIELDS,
     VARINT,
     Value,
+    WireError,
     delimited,
     read_fields,
     read_packed_varints,
@@ -63,6 +65,19 @@ class Field:
 Fields = Mapping[int, Field]
 
 
+class _Allowance:
+    """How many fields a message may have, with those of the messages inside it."""
+
+    def __init__(self) -> None:
+        self._left = MAX_FIELDS
+
+    def spend(self) -> None:
+        """Read one more."""
+        self._left -= 1
+        if self._left < 0:
+            raise WireError(f"it has more than {MAX_FIELDS} fields")
+
+
 @dataclass(frozen=True)
 class Schema:
     """Messages and enumerations by name; see :func:`parse_schema`.
@@ -81,9 +96,10 @@ class Schema:
         Repeated fields and maps are always there; others only if they were sent. ``bytes`` are views.
 
         Raises:
-            WireError: the bytes are no such message.
+            WireError: the bytes are no such message, or it has too many fields, those of the messages inside
+                it included.
         """
-        return self._decode(self.messages[message], data)
+        return self._decode(self.messages[message], data, _Allowance())
 
     def encode(self, message: str, values: Mapping[str, Any]) -> bytes:
         """Write a mapping as a message; keys that the message does not have are left out."""
@@ -91,38 +107,43 @@ class Schema:
 
     # Reading
 
-    def _decode(self, fields: Fields, data: memoryview) -> Dict[str, Any]:
+    def _decode(self, fields: Fields, data: memoryview, allowance: _Allowance) -> Dict[str, Any]:
         values: Dict[str, Any] = {f.name: [] for f in fields.values() if f.repeated}
         values.update({f.name: {} for f in fields.values() if f.key_kind})
         for number, wire_type, value, _, _ in read_fields(data):
+            allowance.spend()
             known = fields.get(number)
             if known is not None:
-                self._take(values, known, wire_type, value)
+                self._take(values, known, wire_type, value, allowance)
         return values
 
-    def _take(self, values: Dict[str, Any], known: Field, wire_type: int, value: Value) -> None:
+    def _take(
+        self, values: Dict[str, Any], known: Field, wire_type: int, value: Value, allowance: _Allowance
+    ) -> None:
         expected = _WIRE_TYPES.get(known.kind, LENGTH_DELIMITED)
         data = value if isinstance(value, memoryview) and wire_type == LENGTH_DELIMITED else None
         if known.key_kind is not None:
             if data is not None:
-                self._put_entry(values[known.name], known, data)
+                self._put_entry(values[known.name], known, data, allowance)
         elif known.repeated and expected == VARINT and data is not None:
             values[known.name] += [_scalar(known.kind, n) for n in read_packed_varints(data).tolist()]
         elif wire_type != expected:
             return
         elif known.repeated:
-            values[known.name].append(self._value(known.kind, value))
+            values[known.name].append(self._value(known.kind, value, allowance))
         else:
-            values[known.name] = self._value(known.kind, value)
+            values[known.name] = self._value(known.kind, value, allowance)
 
-    def _put_entry(self, mapping: Dict[Any, Any], known: Field, data: memoryview) -> None:
-        entry = self._decode(_entry_fields(known), data)
+    def _put_entry(
+        self, mapping: Dict[Any, Any], known: Field, data: memoryview, allowance: _Allowance
+    ) -> None:
+        entry = self._decode(_entry_fields(known), data, allowance)
         key = entry.get("key", _EMPTY.get(known.key_kind or "", 0))
         mapping[key] = entry["value"] if "value" in entry else self._empty(known.kind)
 
-    def _value(self, kind: str, value: Value) -> Any:
+    def _value(self, kind: str, value: Value, allowance: _Allowance) -> Any:
         if kind in self.messages and isinstance(value, memoryview):
-            return self.decode(kind, value)
+            return self._decode(self.messages[kind], value, allowance)
         return _scalar(kind, value)
 
     def _empty(self, kind: str) -> Any:

@@ -114,6 +114,7 @@ class Partial:
                 "deploy again: what arrived whole is kept",
             )
         self._place(chunk.sha256, data)
+        os.utime(str(self.directory))  # whose age says how long ago somebody last came back for it
 
     def _place(self, sha256: bytes, data: bytes) -> None:
         for path, place in self._places[sha256]:

@@ -216,6 +216,15 @@ def test_graphs_that_do_not_fit_are_refused_when_they_are_loaded(
     assert re.search(reason, caught.value.why)
 
 
+def test_an_input_that_no_step_takes_is_refused_by_name(tmp_path: Path) -> None:
+    """What clients would have to send for nothing has no type that a graph knows, so nothing is served."""
+    bundle = composed_bundle(tmp_path / "b")
+    inputs = (*bundle.manifest.inputs, TensorSpec("spare", "FP32", (-1, 8)))
+    with pytest.raises(Refused, match="do not fit together") as caught:
+        engines.open_engine(bundle.directory, replace(bundle.manifest, inputs=inputs), SETTINGS)
+    assert "no step takes 'spare'" in caught.value.why
+
+
 def test_an_error_names_the_step(tmp_path: Path) -> None:
     """A run that fails says in which step."""
     bundle = composed_bundle(tmp_path / "b")

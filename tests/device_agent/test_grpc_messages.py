@@ -17,7 +17,7 @@ from device_agent.server.fields import ProtocolError
 from device_agent.server.grpc_messages import SCHEMA
 from device_agent.server.grpc_protocol import GrpcProtocol, open_envelope, stream_error, stream_response
 from device_agent.server.interface import ModelInterface
-from device_agent.server.wire import WireError, read_fields, read_packed_varints, signed, varint
+from device_agent.server.wire import WireError, delimited, read_fields, read_packed_varints, signed, varint
 from device_agent.server.wire_schema import parse_schema
 from device_agent.tensors import NUMPY_DTYPES
 
@@ -333,6 +333,36 @@ def test_unpacked_and_split_contents_are_read() -> None:
     tensor += b"\x2a" + varint(len(contents)) + contents
     data = b"\x0a\x01m" + b"\x2a" + varint(len(tensor)) + tensor
     assert protocol_for("FP32").decode(open_envelope(data)).inputs["x"].tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "field"),
+    [("FP32", b"\x32\x00"), ("INT32", b"\x10\x01"), ("BYTES", b"\x42\x00"), ("BYTES", b"\x48\x00")],
+    ids=["empty pieces", "one by one", "strings", "unknown"],
+)
+def test_contents_of_millions_of_fields_keep_nobody_waiting(dtype: str, field: bytes) -> None:
+    """Contents in more pieces than their tensor can need are refused before all of them are read."""
+    message = request_to(dtype)
+    tensor = message.inputs[0].SerializeToString() + delimited(5, field * 100_000)
+    with pytest.raises(ProtocolError, match="more than 16384 fields"):
+        protocol_for(dtype).decode(open_envelope(delimited(1, b"m") + delimited(5, tensor)))
+
+
+def test_strings_may_be_as_many_as_their_tensor_has() -> None:
+    """Each string is a field of its own, and a tensor of many is no attack."""
+    message = request_to("BYTES")
+    message.inputs[0].shape[1] = 20_000
+    message.inputs[0].contents.bytes_contents.extend([b"text"] * 20_000)
+    protocol = protocol_for("BYTES", (-1, -1))
+    assert protocol.decode(open_envelope(message.SerializeToString())).inputs["x"].shape == (1, 20_000)
+
+
+def test_nesting_multiplies_no_number_of_fields() -> None:
+    """A message of a few thousand messages of a few thousand fields each is refused like one of millions."""
+    item = delimited(1, b"x") + (b"\x18" + varint(3)) * 10_000
+    assert SCHEMA.decode("ModelInferRequest", memoryview(delimited(5, item)))["inputs"][0]["name"] == "x"
+    with pytest.raises(WireError, match="more than 16384 fields"):
+        SCHEMA.decode("ModelInferRequest", memoryview(delimited(5, item) * 2))
 
 
 @given(st.binary(max_size=80))

@@ -289,6 +289,15 @@ def test_shared_memory_is_held_to_its_bounds(client: Any, region: Any) -> None:
         client.register_cuda_shared_memory("gpu", b"handle", 0, 16)
 
 
+def test_half_a_character_names_no_shared_memory(agent: AgentProcess) -> None:
+    """JSON can carry what is in no object's name: it is refused as any other key that cannot be one."""
+    for key in ("\ud800", "\udc80"):
+        body = {"key": key, "offset": 0, "byte_size": 16}
+        status, document = request(agent, "/v2/systemsharedmemory/region/half/register", body)
+        assert status == 400
+        assert "cannot be the key" in document["error"]
+
+
 # JSON by hand
 
 

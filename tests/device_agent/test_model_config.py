@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import suppress
 from typing import Any, Dict, List
 
@@ -124,6 +125,14 @@ def test_nesting_and_length_are_bounded() -> None:
         parse("a {" * 100)
     with pytest.raises(TextFormatError, match="characters"):
         parse("#" * (1024 * 1024 + 1))
+
+
+def test_a_long_number_is_read_in_time() -> None:
+    """Digits that turn out to be no number are refused after one look at each, not one for each pair."""
+    started_s = time.process_time()
+    with pytest.raises(TextFormatError, match="line 1"):
+        parse("max_batch_size: " + "1" * 20_000 + "x")
+    assert time.process_time() - started_s < 2.0
 
 
 @given(st.text(max_size=200))

@@ -18,6 +18,9 @@ from device_agent.loaded import LoadedModel, is_batchable
 from device_agent.manifest import EngineEntry, TensorSpec
 from device_agent.metrics import Metrics
 from device_agent.models import Models
+from device_agent.server.fields import ProtocolError
+from device_agent.server.model_control import ModelControl
+from device_agent.swap_plan import NOTHING_TO_STOP
 
 X = np.ones((1, 8), np.float32)
 
@@ -215,3 +218,19 @@ def test_free_axes_make_a_model_batchable(tmp_path: Path) -> None:
     assert is_batchable(manifest)
     scalar = replace(manifest.outputs[0], shape=())
     assert not is_batchable(replace(manifest, outputs=(scalar,)))
+
+
+def test_a_pause_keeps_the_name_of_its_model(tmp_path: Path) -> None:
+    """While a bundle changes its version nobody may load another model in its place; clients come back."""
+    bundle = linear_bundle(tmp_path / "1")
+    models = Models(Config(threads=1), Metrics())
+    loaded = models.prepare(bundle.directory, bundle.manifest, bundle.digest)
+    models.switch(loaded)
+    models.begin_pause("model", NOTHING_TO_STOP)
+    with pytest.raises(Refused, match="serves already"):
+        models.replace("model", [loaded])
+    with pytest.raises(ProtocolError, match="changes its version") as caught:
+        asyncio.run(ModelControl(models).load("model"))
+    assert caught.value.status == 503
+    models.end_pause("model")
+    models.discard(loaded)

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import gc
 import os
 import signal
+import socket
+import subprocess
 import threading
 import time
 import urllib.request
@@ -22,6 +26,7 @@ from device_agent.engines.source import EngineSource
 from device_agent.errors import Refused
 from device_agent.metrics import Metrics
 from device_agent.models import Models
+from device_agent.repository.repository import EXPLICIT, Repository, RepositorySettings
 from device_agent.tensors import NUMPY_DTYPES, object_array
 
 X = np.ones((1, 8), np.float32)
@@ -143,6 +148,24 @@ def test_a_graph_that_does_not_load_is_refused_with_the_runtimes_reason(tmp_path
     path.write_bytes(b"not a model")
     with pytest.raises(Refused, match=r"does not load m\.onnx"):
         ProcessEngine(EngineSource("onnxruntime", str(path)), _settings())
+
+
+@pytest.mark.parametrize("cannot", ["socketpair", "Popen"])
+def test_a_process_that_cannot_be_started_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cannot: str
+) -> None:
+    """A device without room for a process is asked again and again; no try costs descriptors or memory."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(socket if cannot == "socketpair" else subprocess, cannot, refuse)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(Refused, match="cannot be started"):
+            ProcessEngine(_source(tmp_path, linear()), _settings())
+    gc.collect()  # an error knows its frames, and with them what is mapped
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # Crashes
@@ -272,6 +295,61 @@ def test_twenty_cycles_give_their_memory_and_descriptors_back(tmp_path: Path) ->
     assert after[0] < 1.05 * before[0]
     assert after[1:] == before[1:]
     assert not any(map(_is_alive, processes))
+
+
+def test_a_model_that_may_not_serve_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository's model whose name an installed bundle has is refused, and its process ended."""
+    bundle = linear_bundle(tmp_path / "1")
+    models = _isolated_models()
+    (tmp_path / "models" / "model" / "1").mkdir(parents=True)
+    (tmp_path / "models" / "model" / "1" / "model.onnx").write_bytes(linear(seed=5).SerializeToString())
+    opened, open_graph = [], models.loader.open_graph
+
+    def open_and_note(*arguments: Any) -> Any:
+        engine = open_graph(*arguments)
+        opened.append(engine.process)
+        return engine
+
+    monkeypatch.setattr(models.loader, "open_graph", open_and_note)
+
+    async def main() -> None:
+        loaded = models.prepare(bundle.directory, bundle.manifest, bundle.digest)
+        models.switch(loaded)
+        await Repository(RepositorySettings(tmp_path / "models"), models).start()
+        assert models.get("model") is loaded
+        assert loaded.engine.process
+        models.unload("model")
+        await models.retire(loaded)
+
+    asyncio.run(main())
+    assert [_is_alive(process) for process in opened] == [False]
+
+
+def test_a_model_that_was_uploaded_twice_survives_its_crash(tmp_path: Path) -> None:
+    """The same files once more change nothing; the process still finds them when it is started again."""
+    models = _isolated_models()
+    (tmp_path / "models").mkdir()
+    files = {"1/model.onnx": linear().SerializeToString()}
+
+    async def main() -> None:
+        repository = Repository(RepositorySettings(tmp_path / "models", EXPLICIT), models)
+        try:
+            for _ in range(2):
+                for replaced in await repository.load("model", "{}", files):
+                    await models.retire(replaced)
+            loaded = models.get("model")
+            assert loaded is not None
+            os.kill(loaded.engine.process, signal.SIGKILL)
+            _until(lambda: loaded.why_down)
+            _until(lambda: not loaded.why_down)
+            for replaced in repository.unload("model"):
+                await models.retire(replaced)
+        finally:
+            repository.close()
+
+    asyncio.run(main())
 
 
 def test_an_isolated_model_never_runs_on_the_event_loop(tmp_path: Path) -> None:

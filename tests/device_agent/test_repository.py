@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 import threading
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional
@@ -18,7 +20,9 @@ from onnx import helper
 from tritonclient.utils import InferenceServerException
 
 from agent_testing import AgentProcess, identity, install, linear, linear_bundle, make_model, session_of
+from device_agent.errors import BadInput
 from device_agent.manifest import TensorSpec
+from device_agent.repository.uploads import Uploads
 
 LINEAR = """
 max_batch_size: 8
@@ -165,6 +169,24 @@ def test_grpc_sees_the_same_repository(agent: AgentProcess) -> None:
         client.unload_model("over-grpc")
 
 
+def test_a_load_goes_on_when_its_client_gives_up(agent: AgentProcess) -> None:
+    """A model whose loading takes longer than its client waits serves when it is ready, as over HTTP."""
+    sample = {"x": {"data_type": "TYPE_FP32", "dims": [8], "zero_data": True}}
+    config = {"model_warmup": [{"name": "long", "batch_size": 65536, "count": 1000, "inputs": sample}]}
+    graph = linear(seed=9).SerializeToString()
+    address = agent.wait_for(r"grpc=(\S+)").group(1)
+    with tritonclient.grpc.InferenceServerClient(address) as client:
+        with pytest.raises(InferenceServerException, match="Deadline"):
+            client.load_model(
+                "slow", config=json.dumps(config), files={"file:1/model.onnx": graph}, client_timeout=0.1
+            )
+        deadline_s = time.monotonic() + 30
+        while not client.is_model_ready("slow"):
+            assert time.monotonic() < deadline_s, "it never served"
+            time.sleep(0.05)
+        client.unload_model("slow")
+
+
 def test_what_does_not_load_says_why_and_harms_nobody(client: Any, agent: AgentProcess) -> None:
     """The index names a broken model, an empty one and one that cannot be served, each with its reason."""
     index = index_of(client)
@@ -236,6 +258,38 @@ def test_an_upload_that_cannot_serve_is_refused_whole(
     with pytest.raises(InferenceServerException, match=names):
         client.load_model("bad", config=config, files=files)
     assert "bad" not in index_of(client)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of this test's own, with a file in it, where temporary files are kept."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "of another program").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../up", "a\0b"])
+def test_a_model_without_a_usable_name_leaves_temporary_files_alone(temporary: Path, name: str) -> None:
+    """An upload for a model that cannot have a directory is refused, and nothing of others is deleted."""
+    uploads = Uploads(limit_bytes=100)
+    try:
+        with pytest.raises(BadInput, match="its name cannot be"):
+            uploads.remove(uploads.add(name, {"1/model.onnx": b""}))
+    finally:
+        uploads.clear()
+    assert [path.name for path in temporary.iterdir()] == ["of another program"]
+
+
+def test_a_file_name_that_cannot_be_stored_takes_no_room(temporary: Path) -> None:
+    """Half a character, which JSON can carry, is in no file's name: refused, it leaves the room to others."""
+    uploads = Uploads(limit_bytes=100)
+    try:
+        with pytest.raises(BadInput, match="no usable path"):
+            uploads.add("model", {"1/\ud800": bytes(60)})
+        uploads.remove(uploads.add("model", {"1/model.onnx": bytes(60)}))
+    finally:
+        uploads.clear()
+    assert [path.name for path in temporary.iterdir()] == ["of another program"]
 
 
 def test_files_without_a_configuration_are_refused(agent: AgentProcess) -> None:

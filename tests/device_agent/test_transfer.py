@@ -362,6 +362,23 @@ def test_what_nobody_comes_back_for_is_removed(tmp_path: Path, agent: RunningCon
     assert incoming(tmp_path) == []
 
 
+def test_a_transfer_that_goes_on_for_weeks_loses_nothing(
+    tmp_path: Path, agent: RunningControl, key: Any
+) -> None:
+    """The week counts from the last chunk that came, not from the first."""
+    signed_bundle(tmp_path / "b", key, extra={"model.onnx": weights(1)})
+    with Client(agent.path) as client:
+        offered = client.offer(tmp_path / "b")["result"]
+        (partial,) = incoming(tmp_path)
+        old_s = time.time() - 8 * 24 * 3600
+        os.utime(str(partial), (old_s, old_s))  # as if it had begun then
+        data = missing_data(tmp_path / "b", offered["missing"])
+        client.send({"op": "receive"}, data[:300_000])
+        while not client.reported or client.reported[-1] < 250_000:
+            client.reported.append(json.loads(client._lines.readline().decode())["received_bytes"])
+    assert deploy(agent.path, tmp_path / "b") <= len(data) - client.reported[-1]
+
+
 @pytest.mark.parametrize("form", ["directory", "file"])
 def test_a_bundle_is_sent_from_where_it_lies(tmp_path: Path, form: str) -> None:
     """Either form gives the same offer and the same bytes, without being unpacked."""
