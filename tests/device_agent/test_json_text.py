@@ -74,3 +74,15 @@ def test_depth_does_not_end_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", _COLLECTOR_NEAR_THE_LIMIT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == ["it is nested more than 64 deep"] * 2
+
+
+@pytest.mark.parametrize("python_has_a_bound", [True, False])
+def test_long_numbers_are_refused(python_has_a_bound: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no client keeps the agent busy with one; a Python without the bound has it all the same."""
+    if not hasattr(sys, "set_int_max_str_digits") and python_has_a_bound:
+        pytest.skip("this Python has none")
+    monkeypatch.setattr(json_text, "_PYTHON_BOUNDS_DIGITS", python_has_a_bound)
+    longest = b"1" * json_text.MAX_DIGITS
+    assert json_text.loads(b"[" + longest + b', 0.25, "' + 3 * longest + b'"]')[1] == 0.25
+    with pytest.raises(ValueError, match="4300"):
+        json_text.loads(b'{"a": [-' + longest + b"1]}")
