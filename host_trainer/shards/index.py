@@ -143,11 +143,20 @@ def _scan(path: Path) -> np.ndarray[Any, Any]:
     try:
         with tarfile.open(path, "r:") as archive:
             starts = list(_starts(archive))
-            return np.asarray([*starts, archive.offset] if starts else [0], np.int64)
+        with path.open("rb") as stream:
+            stream.seek(archive.offset)
+            block = stream.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise TrainingError(
             f"the shard {path} cannot be read", str(error), "copy it again; if it is compressed, unpack it"
         ) from error
+    if block != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
+        raise TrainingError(
+            f"the shard {path} is damaged at byte {archive.offset}",
+            "there is neither a file nor the zeros that end a tar file",
+            "copy it again",
+        )
+    return np.asarray([*starts, archive.offset] if starts else [0], np.int64)
 
 
 def _starts(archive: tarfile.TarFile) -> Iterator[int]:

@@ -232,6 +232,22 @@ def test_bad_shards_are_named(name: str, what: str, tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) == 3
 
 
+@pytest.mark.parametrize("damage", ["a header", "the end"])
+def test_a_shard_without_an_index_is_read_to_its_end_or_not_at_all(damage: str, tmp_path: Path) -> None:
+    """A header that is damaged, or a copy that stopped between two files, is an error, not fewer samples."""
+    spec = tmp_path / "s.tar"
+    _tar(spec, [("a.txt", b"a"), ("b.txt", b"b"), ("c.txt", b"c")])
+    assert len(ShardDataset(str(spec))) == 3
+    with spec.open("r+b") as stream:
+        if damage == "a header":
+            stream.seek(2 * tarfile.BLOCKSIZE)
+            stream.write(b"\1")
+        else:
+            stream.truncate(2 * tarfile.BLOCKSIZE)
+    with pytest.raises(TrainingError, match=r"s\.tar is damaged at byte 1024"):
+        ShardDataset(str(spec))
+
+
 def test_nothing_half_written_stays(tmp_path: Path) -> None:
     """A line that is no sample ends the writing: no directory stays; what exists is left alone."""
     data = _texts(tmp_path / "t.jsonl", 10)
