@@ -119,7 +119,8 @@ def _shard(path: Path) -> Shard:
 def _load(path: Path) -> np.ndarray[Any, Any]:
     where = index_path(path)
     try:
-        starts = np.load(where, allow_pickle=False)
+        # Mapped, so that a header cannot ask for more memory than the file has bytes.
+        starts = np.array(np.lib.format.open_memmap(where, mode="r"))  # type: ignore[no-untyped-call]
     except (OSError, ValueError, EOFError) as error:
         raise TrainingError(f"the index {where} is damaged", str(error), f"delete {where}") from error
     fits = (

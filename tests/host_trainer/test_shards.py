@@ -248,6 +248,21 @@ def test_a_shard_without_an_index_is_read_to_its_end_or_not_at_all(damage: str, 
         ShardDataset(str(spec))
 
 
+@pytest.mark.parametrize("kind", ["archive", "vast"])
+def test_an_index_from_elsewhere_is_not_trusted(kind: str, tmp_path: Path) -> None:
+    """Several arrays, or one that says it is larger than memory, are an error that names the file."""
+    spec = tmp_path / "s.tar"
+    _tar(spec, [("a.txt", b"a")])
+    with (tmp_path / "s.idx").open("wb") as stream:
+        if kind == "archive":
+            np.savez(stream, starts=np.zeros(2, np.int64))
+        else:
+            header = {"descr": "<i8", "fortran_order": False, "shape": (1 << 50,)}
+            np.lib.format.write_array_header_1_0(stream, header)
+    with pytest.raises(TrainingError, match=r"s\.idx is damaged"):
+        ShardDataset(str(spec))
+
+
 def test_nothing_half_written_stays(tmp_path: Path) -> None:
     """A line that is no sample ends the writing: no directory stays; what exists is left alone."""
     data = _texts(tmp_path / "t.jsonl", 10)
