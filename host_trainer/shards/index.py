@@ -120,7 +120,7 @@ def _load(path: Path) -> np.ndarray[Any, Any]:
     where = index_path(path)
     try:
         # Mapped, so that a header cannot ask for more memory than the file has bytes.
-        starts = np.array(np.lib.format.open_memmap(where, mode="r"))  # type: ignore[no-untyped-call]
+        starts = np.array(np.lib.format.open_memmap(where, mode="r"))
     except (OSError, ValueError, EOFError) as error:
         raise TrainingError(f"the index {where} is damaged", str(error), f"delete {where}") from error
     fits = (
