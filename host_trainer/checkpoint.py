@@ -52,7 +52,12 @@ def take(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: M
     # torch's own annotation of the two is far wider than what they hold.
     weights: Any
     moments: Any
-    weights, moments = get_state_dict(model, _bare(optimizer), options=_options())
+    bare = _bare(optimizer)
+    stepped = bool(bare.state)
+    weights, moments = get_state_dict(model, bare, options=_options())
+    if not stepped:  # torch has taken a step with zeros, and the first real one would count as the second
+        bare.state.clear()
+        moments["state"] = {}
     tensors, others = _flatten(moments.get("state", {}))
     state = {"step": step, "groups": moments.get("param_groups", []), "others": others, **extra}
     return Snapshot(step, _copied(weights), _copied(tensors), state)

@@ -190,11 +190,17 @@ def test_an_exploding_run_stops_with_its_cause(tmp_path: Path) -> None:
 def test_an_exploding_run_recovers_by_itself(tmp_path: Path) -> None:
     """Going back and halving the learning rate as often as it takes, it ends, and it has learned."""
     run = tmp_path / "run"
-    train(_exploding(run, monitor__rollbacks=12, data__eval="training:held_out"))
+    train(_exploding(run, monitor__rollbacks=12, monitor__stop_norm=20.0, data__eval="training:held_out"))
     rates = metrics(run, "train/learning_rate")
     assert max(rates[-40:]) < 4.0 / 2
     assert json.loads((run / "run.json").read_text())["state"] == "finished"
     assert metrics(run, "eval/loss")[-1] < metrics(run)[0]
+
+
+def test_a_way_back_that_is_not_taken_changes_nothing(alone: Path, tmp_path: Path) -> None:
+    """With ``monitor.rollbacks`` a run that never explodes is bit-identical to one without."""
+    train(settings(tmp_path / "run", monitor__rollbacks=1))
+    _same(alone, tmp_path / "run", tolerance=0.0)
 
 
 def test_another_run_s_directory_is_refused(alone: Path) -> None:
