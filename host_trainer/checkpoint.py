@@ -71,13 +71,16 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
+    bare = _bare(optimizer)
+    # What the run is told now counts, such as another weight decay; the checkpoint knows what it was told.
+    options = [{key: value for key, value in group.items() if key != "params"} for group in bare.param_groups]
     moments: Any = {
         "state": _unflatten(snapshot.optimizer, snapshot.state["others"]),
         "param_groups": [dict(group) for group in snapshot.state["groups"]],
     }
     try:
         set_state_dict(
-            model, _bare(optimizer), model_state_dict=dict(snapshot.model), optim_state_dict=moments,
+            model, bare, model_state_dict=dict(snapshot.model), optim_state_dict=moments,
             options=_options(strict=False),
         )  # fmt: skip
     except (KeyError, RuntimeError, ValueError) as error:
@@ -85,6 +88,8 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimiz
             "the checkpoint does not fit the model", " ".join(str(error).split())[:300],
             "continue with the model that the run began with, or give another run directory",
         ) from error  # fmt: skip
+    for group, told in zip(bare.param_groups, options, strict=True):
+        group.update(told)
 
 
 class Store:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -201,6 +202,18 @@ def test_a_way_back_that_is_not_taken_changes_nothing(alone: Path, tmp_path: Pat
     """With ``monitor.rollbacks`` a run that never explodes is bit-identical to one without."""
     train(settings(tmp_path / "run", monitor__rollbacks=1))
     _same(alone, tmp_path / "run", tolerance=0.0)
+
+
+def test_a_run_that_goes_on_takes_the_settings_that_it_is_given(tmp_path: Path) -> None:
+    """The weight decay of the configuration counts, not that of the checkpoint."""
+    from host_trainer.checkpoint import Store
+
+    run = tmp_path / "run"
+    train(settings(run, checkpoint__every_steps=10, checkpoint__keep=9, optimize__weight_decay=0.5))
+    shutil.rmtree(run / "checkpoints" / "step-000000020")
+    train(settings(run, optimize__weight_decay=0.0))
+    saved = Store(run / "checkpoints", 9).read(20).state["groups"]
+    assert [group["weight_decay"] for group in saved] == [0.0, 0.0]
 
 
 def test_another_run_s_directory_is_refused(alone: Path) -> None:
