@@ -216,6 +216,18 @@ def test_a_run_that_goes_on_takes_the_settings_that_it_is_given(tmp_path: Path) 
     assert [group["weight_decay"] for group in saved] == [0.0, 0.0]
 
 
+def test_an_epoch_is_judged_although_the_run_ended_right_after_its_last_step(tmp_path: Path) -> None:
+    """Run again, also when it was finished, it has the results that it had."""
+    run = tmp_path / "run"
+    document = settings(run, data__eval="training:held_out", checkpoint__every_steps=10)
+    train(document)
+    results = json.loads((run / "run.json").read_text())["results"]
+    train(document)
+    summary = json.loads((run / "run.json").read_text())
+    assert summary["state"] == "finished"
+    assert summary["results"] == results
+
+
 def test_another_run_s_directory_is_refused(alone: Path) -> None:
     """What would change the steps cannot change in the middle of a run; the key is named."""
     with pytest.raises(ConfigError, match=r"optimize\.batch_size"):
