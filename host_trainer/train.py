@@ -165,12 +165,12 @@ class _Run:
                 return
             except Diverged as error:
                 self._store.wait()
-                steps = [saved for saved in agree(self._store.steps()) if behind is None or saved != behind]
+                steps = agree(self._store.steps())
                 if not left or not steps or error.data_at_fault:
                     raise
                 left -= 1
                 # Where it explodes again before there is a new checkpoint, that one was not good enough.
-                step = behind = steps[-1]
+                step = behind = ([saved for saved in steps if saved != behind] or steps)[-1]
                 self._go_back(step, error)
 
     def _go_back(self, step: int, error: Diverged) -> None:

@@ -204,6 +204,16 @@ def test_a_way_back_that_is_not_taken_changes_nothing(alone: Path, tmp_path: Pat
     _same(alone, tmp_path / "run", tolerance=0.0)
 
 
+def test_one_checkpoint_is_gone_back_to_as_often_as_is_allowed(tmp_path: Path) -> None:
+    """Where there is none before it, each explosion halves the learning rate and begins there again."""
+    run = tmp_path / "run"
+    document = _exploding(run, monitor__rollbacks=12)
+    document["optimize"]["learning_rate"] = 64.0
+    train({**document, "checkpoint": {"every_steps": 1000}})
+    assert max(metrics(run, "train/learning_rate")[-40:]) < 64.0 / 2
+    assert json.loads((run / "run.json").read_text())["state"] == "finished"
+
+
 def test_a_run_that_goes_on_takes_the_settings_that_it_is_given(tmp_path: Path) -> None:
     """The weight decay of the configuration counts, not that of the checkpoint."""
     from host_trainer.checkpoint import Store
