@@ -123,6 +123,12 @@ class Parallel:
             )
         return True
 
+    def give_up_step(self) -> None:
+        """An exploded step is not taken: fp16's scaler waits for the end of what it has unscaled."""
+        self._skipped = 0
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+
     def gather(self, values: Tensor) -> Tensor:
         """One row of ``values`` for each process."""
         if self.world == 1:

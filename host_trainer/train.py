@@ -175,6 +175,7 @@ class _Run:
 
     def _go_back(self, step: int, error: Diverged) -> None:
         rate = self._task.settings.learning_rate / 2
+        self._engine.give_up_step()
         self._go_to(step)
         self._set_learning_rate(rate)
         if self._engine.rank == 0:

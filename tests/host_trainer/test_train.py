@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from training import metrics, settings, start, train, weights
 
+from host_trainer import train as training_run
+from host_trainer.config import Config, parse
 from host_trainer.errors import ConfigError, Diverged
+from host_trainer.parallel import Parallel
 
 #: Sums in another order: what two processes add to each other's gradient.
 TOLERANCE = 1e-4
@@ -236,6 +242,53 @@ def test_an_epoch_is_judged_although_the_run_ended_right_after_its_last_step(tmp
     summary = json.loads((run / "run.json").read_text())
     assert summary["state"] == "finished"
     assert summary["results"] == results
+
+
+class _Scaled(Parallel):
+    """A double: accelerate scales fp16's loss on GPUs alone; here a scaler on the CPU does it."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.accelerator.scaler = torch.amp.GradScaler("cpu")
+        self.accelerator.native_amp = True
+
+
+@pytest.fixture
+def fp16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs in this process, in fp16."""
+    monkeypatch.setattr(training_run, "Parallel", _Scaled)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fp16")
+def test_an_exploding_run_in_fp16_goes_back_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As often as is allowed, although the gradient was unscaled for a step that was not taken."""
+    document = _exploding(tmp_path / "run", precision__amp="fp16", monitor__rollbacks=2)
+    document["optimize"]["learning_rate"] = 64.0
+    document["monitor"]["stop_norm"] = 20.0
+    with pytest.raises(Diverged):
+        training_run.train(parse(document, "the test"))
+    assert capsys.readouterr().err.count("back to step") == 2
+
+
+@pytest.mark.usefixtures("fp16")
+def test_the_gradient_that_an_fp16_run_blames_is_not_scaled(tmp_path: Path) -> None:
+    """The largest layer's norm is within that of all."""
+    document = _exploding(tmp_path / "run", precision__amp="fp16")
+    document["monitor"]["stop_norm"] = 20.0
+    with pytest.raises(Diverged, match=r"norm (\S+) passed") as caught:
+        training_run.train(parse(document, "the test"))
+    whole, largest = (
+        float(found[1])
+        for found in (
+            re.search(r"norm (\S+) passed", caught.value.what),
+            re.search(r"the largest, ([^,]+),", caught.value.why),
+        )
+        if found
+    )
+    assert largest <= 1.01 * whole
 
 
 def test_another_run_s_directory_is_refused(alone: Path) -> None:
