@@ -213,6 +213,7 @@ class _Run:
 
 def _first_batch(config: Config) -> Inputs:
     """The inputs that a student is made by: the same in every process, and for any number of them."""
-    loader = open_training(config, share(config, 0, 1))
+    size = min(config.optimize.micro_batch_size or config.optimize.batch_size, config.optimize.batch_size)
+    loader = open_training(config, Share(size, size))
     inputs: Inputs = next(iter(loader.batches(0, 0)))[0]
     return inputs

@@ -88,6 +88,21 @@ def test_a_student_learns_in_two_processes_as_in_one(alone: Path, tmp_path: Path
     assert metrics(runs[2])[-1] < 0.8 * metrics(runs[2])[0]
 
 
+def test_a_student_may_learn_from_features_alone_in_micro_batches_of_any_size(tmp_path: Path) -> None:
+    """In two processes too, where its head has no part in the loss, and where one process alone could not
+    share a step into such micro-batches.
+    """
+    document = settings(
+        tmp_path / "run",
+        model__source="training:narrow_net",
+        distill={"teacher": "training:net", "outputs": 0.0, "features": 1.0},
+        optimize__micro_batch_size=16,
+    )
+    train(document, 2)
+    losses = metrics(tmp_path / "run")
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize(("before", "after", "strategy"), [(2, 1, "ddp"), (1, 2, "fsdp")])
 def test_a_killed_run_goes_on_in_the_middle_of_an_epoch_with_other_processes(
     alone: Path, tmp_path: Path, before: int, after: int, strategy: str
