@@ -113,6 +113,10 @@ class _Run:
         if not self._config.data.eval:
             return None
         samples = open_samples(self._config.data.eval, self._config, training=False)
+        if not len(samples):
+            raise ConfigError(
+                "data.eval has no sample", f"{self._config.data.eval} is empty", "give more, or leave it out"
+            )
         return Evaluator(samples, self._subject.loss, self._config, part, self._engine, self._journal)
 
     def _make_watchers(self, part: Share) -> list[Watcher]:

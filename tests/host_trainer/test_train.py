@@ -259,6 +259,21 @@ def test_an_epoch_is_judged_although_the_run_ended_right_after_its_last_step(tmp
     assert summary["results"] == results
 
 
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"data__eval": "training:nothing"}, r"data\.eval"),
+        ({"data__train": "training:four_classes"}, "classes"),
+        ({"data__train": "training:half_labelled"}, "'labels'"),
+    ],
+)
+def test_data_that_does_not_fit_is_said(tmp_path: Path, changes: dict[str, str], what: str) -> None:
+    """Held-out data without a sample, a class more than the model has, a sample without the others' label."""
+    with pytest.raises(ConfigError) as caught:
+        train(settings(tmp_path / "run", **changes))
+    assert re.search(what, str(caught.value))
+
+
 class _Scaled(Parallel):
     """A double: accelerate scales fp16's loss on GPUs alone; here a scaler on the CPU does it."""
 
