@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from accelerate.state import AcceleratorState
 from training import metrics, settings, start, train, weights
 
 from host_trainer import train as training_run
+from host_trainer.__main__ import INTERRUPTED
 from host_trainer.config import Config, parse
 from host_trainer.errors import ConfigError, Diverged
 from host_trainer.parallel import Parallel
@@ -272,6 +275,27 @@ def test_data_that_does_not_fit_is_said(tmp_path: Path, changes: dict[str, str],
     with pytest.raises(ConfigError) as caught:
         train(settings(tmp_path / "run", **changes))
     assert re.search(what, str(caught.value))
+
+
+def test_sigterm_reaches_the_training_process_behind_the_command(tmp_path: Path) -> None:
+    """What started it ends with the code of an interruption, and after the checkpoint is there."""
+    run, path = tmp_path / "run", tmp_path / "run.toml"
+    path.write_text(
+        f'run = "{run}"\nmodel.source = "training:net"\n'
+        'data = {train = "training:slow_points", workers = 0}\n'
+        "optimize = {epochs = 40, batch_size = 24}\n"
+        'parallel = {device = "cpu"}\nmonitor = {every_steps = 1, tensorboard = false}\n'
+    )
+    command = "import sys, pathlib; from host_trainer.launch import launch; "
+    command += "sys.exit(launch(pathlib.Path(sys.argv[1]), ()))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    with subprocess.Popen([sys.executable, "-c", command, str(path)], env=environment) as process:
+        while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+    assert process.returncode == INTERRUPTED
+    assert json.loads((run / "run.json").read_text())["state"] == "interrupted"
 
 
 class _Scaled(Parallel):
