@@ -1,4 +1,4 @@
-"""Recalibration of BatchNorm statistics after the weights below them changed."""
+"""BatchNorm's statistics: estimated again after the weights below them changed, or left as they are."""
 
 from __future__ import annotations
 
@@ -43,3 +43,16 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
         layer.momentum = momentum
     model.eval()
     return len(layers)
+
+
+def freeze(model: nn.Module) -> None:
+    """Let every BatchNorm normalize by the statistics that it has, in training too, and leave them alone."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+            module.register_forward_pre_hook(_back_to_eval)
+
+
+def _back_to_eval(module: nn.Module, inputs: Any) -> None:
+    """``train()`` of the model reaches its parts."""
+    module.training = False

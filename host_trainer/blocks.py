@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 #: A block with a larger share of the parameters is looked into.
@@ -45,5 +49,26 @@ def recompute(model: nn.Module) -> int:
     """
     found = blocks(model)
     for block in found:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+        # torch.compile takes no contexts, so only those blocks have them that need them.
+        options: dict[str, Any] = {"context_fn": partial(_contexts, norms)} if norms else {}
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
     return len(found)
+
+
+def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the first computation and for the second."""
+    return nullcontext(), _statistics_kept(norms)
+
+
+@contextmanager
+def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
+    """The batch has been counted in the running statistics."""
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count

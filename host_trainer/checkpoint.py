@@ -52,7 +52,12 @@ def take(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: M
     # torch's own annotation of the two is far wider than what they hold.
     weights: Any
     moments: Any
-    weights, moments = get_state_dict(model, _bare(optimizer), options=_options())
+    bare = _bare(optimizer)
+    stepped = bool(bare.state)
+    weights, moments = get_state_dict(model, bare, options=_options())
+    if not stepped:  # torch has taken a step with zeros, and the first real one would count as the second
+        bare.state.clear()
+        moments["state"] = {}
     tensors, others = _flatten(moments.get("state", {}))
     state = {"step": step, "groups": moments.get("param_groups", []), "others": others, **extra}
     return Snapshot(step, _copied(weights), _copied(tensors), state)
@@ -66,13 +71,16 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
+    bare = _bare(optimizer)
+    # What the run is told now counts, such as another weight decay; the checkpoint knows what it was told.
+    options = [{key: value for key, value in group.items() if key != "params"} for group in bare.param_groups]
     moments: Any = {
         "state": _unflatten(snapshot.optimizer, snapshot.state["others"]),
         "param_groups": [dict(group) for group in snapshot.state["groups"]],
     }
     try:
         set_state_dict(
-            model, _bare(optimizer), model_state_dict=dict(snapshot.model), optim_state_dict=moments,
+            model, bare, model_state_dict=dict(snapshot.model), optim_state_dict=moments,
             options=_options(strict=False),
         )  # fmt: skip
     except (KeyError, RuntimeError, ValueError) as error:
@@ -80,6 +88,8 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimiz
             "the checkpoint does not fit the model", " ".join(str(error).split())[:300],
             "continue with the model that the run began with, or give another run directory",
         ) from error  # fmt: skip
+    for group, told in zip(bare.param_groups, options, strict=True):
+        group.update(told)
 
 
 class Store:

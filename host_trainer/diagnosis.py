@@ -80,7 +80,8 @@ def _examine(task: Task, index: int, batch: Any) -> Cause:
             loss = task.loss_function(task.model, placed)
         if (bad := _bad(loss)) is not None:
             found.append(("loss", "loss", bad))
-        engine.backward(loss)
+        # Not the engine's, which scales fp16's: the largest gradient is told.
+        loss.backward()  # type: ignore[no-untyped-call]
     found += _worst_gradient(task.model)
     layer, quantity, value = found[0] if found else ("the model", "gradient", 0.0)
     return Cause(layer, quantity, value, index, engine.rank)

@@ -36,8 +36,11 @@ class Evaluator(Watcher):
         self.results: dict[str, float] = {}
 
     def begin(self, task: Task, step: int) -> None:
-        """Know the model."""
+        """Know the model; judge it where the run ended right after an epoch, maybe before it was judged."""
         self._model = task.model
+        epochs, rest = divmod(step, max(1, task.steps_per_epoch))
+        if epochs and not rest and not self.results:
+            self.epoch_end(epochs - 1, step)
 
     def epoch_end(self, epoch: int, step: int) -> None:
         """Mean loss over all samples and, for classes, the share that is right.

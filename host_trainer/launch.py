@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,13 +62,17 @@ def launch(path: Path, overrides: Sequence[str], section: str = "") -> int:
 
 
 def _one(arguments: Sequence[str]) -> int:
-    """Run it, and let it be the one that hears Ctrl-C: it writes a checkpoint before it ends."""
+    """Run it, and let it be the one that hears Ctrl-C and SIGTERM: it writes a checkpoint before it ends."""
     with subprocess.Popen([sys.executable, *arguments]) as process:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                continue
+        before = signal.signal(signal.SIGTERM, lambda _number, _frame: process.terminate())
+        try:
+            while True:
+                try:
+                    return process.wait()
+                except KeyboardInterrupt:
+                    continue
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _several(config: Config, processes: int, arguments: Sequence[str]) -> int:

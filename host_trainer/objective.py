@@ -36,13 +36,20 @@ class Objective:
 
     def judge(self, model: nn.Module, batch: Inputs) -> tuple[Tensor, Tensor | None]:
         """The loss and, where the outputs are logits of classes, which samples are right."""
-        outputs = self.forward(model, batch)
-        logits = logits_of(outputs)
-        labels = batch.get("labels")
+        try:
+            outputs = self.forward(model, batch)
+            logits = logits_of(outputs)
+            labels = batch.get("labels")
+            loss = self._loss(outputs, logits, labels)
+        except IndexError as error:  # on a CPU; CUDA ends the process
+            raise ConfigError(
+                "the data does not fit the model", str(error),
+                "number the classes from 0, with model.labels above the last; texts: check the tokenizer",
+            ) from error  # fmt: skip
         right = None
         if labels is not None and logits.ndim == 2 and labels.ndim == 1 and not labels.is_floating_point():
             right = logits.detach().argmax(dim=1) == labels
-        return self._loss(outputs, logits, labels), right
+        return loss, right
 
     def forward(self, model: nn.Module, batch: Inputs) -> Any:
         """The model's outputs for a batch."""

@@ -39,7 +39,7 @@ class Parallel:
                 "there is no GPU here", "parallel.device is cuda, and torch sees none",
                 "check the driver with nvidia-smi, or set parallel.device=cpu",
             )  # fmt: skip
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self._config = config
         self._fsdp = config.parallel.strategy == "fsdp"
@@ -48,6 +48,7 @@ class Parallel:
             cpu=cpu,
             mixed_precision="no" if self._fsdp else config.precision.amp,
             step_scheduler_with_optimizer=False,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=_spares_weights(config))],
         )
         self.rank = self.accelerator.process_index
         self.world = self.accelerator.num_processes
@@ -123,6 +124,12 @@ class Parallel:
             )
         return True
 
+    def give_up_step(self) -> None:
+        """An exploded step is not taken: fp16's scaler waits for the end of what it has unscaled."""
+        self._skipped = 0
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+
     def gather(self, values: Tensor) -> Tensor:
         """One row of ``values`` for each process."""
         if self.world == 1:
@@ -165,6 +172,11 @@ class Parallel:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         return model
+
+
+def _spares_weights(config: Config) -> bool:
+    """Where answers do not count, a student's head gets no gradient, and DDP would wait for it."""
+    return config.distill is not None and not config.distill.outputs
 
 
 def _gather_into(rows: Tensor, values: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from host_trainer import adapter, models, objective
+from host_trainer import adapter, batchnorm, models, objective
 from host_trainer.config import Config, Distill, Lora, Model
 from host_trainer.distill import ModuleTeacher, OnnxTeacher, Student, Teacher, Weights
 from host_trainer.loop import LossFunction
@@ -76,6 +76,7 @@ def _adapted(model: nn.Module, loss: LossFunction, lora: Lora) -> Subject:
     notes = [
         f"an adapter on {len(attached.adapted)} layers: {attached.trainable_fraction:.2%} of the parameters"
     ]
+    batchnorm.freeze(attached.model)  # the adapter is merged into the base, whose statistics these are
     if attached.skipped:
         notes.append(f"{len(attached.skipped)} grouped convolutions stay without: {attached.skipped[0]}, ...")
     return Subject(attached.model, loss, partial(_save_adapter, attached.model), tuple(notes))

@@ -113,6 +113,10 @@ class _Run:
         if not self._config.data.eval:
             return None
         samples = open_samples(self._config.data.eval, self._config, training=False)
+        if not len(samples):
+            raise ConfigError(
+                "data.eval has no sample", f"{self._config.data.eval} is empty", "give more, or leave it out"
+            )
         return Evaluator(samples, self._subject.loss, self._config, part, self._engine, self._journal)
 
     def _make_watchers(self, part: Share) -> list[Watcher]:
@@ -165,16 +169,17 @@ class _Run:
                 return
             except Diverged as error:
                 self._store.wait()
-                steps = [saved for saved in agree(self._store.steps()) if behind is None or saved != behind]
+                steps = agree(self._store.steps())
                 if not left or not steps or error.data_at_fault:
                     raise
                 left -= 1
                 # Where it explodes again before there is a new checkpoint, that one was not good enough.
-                step = behind = steps[-1]
+                step = behind = ([saved for saved in steps if saved != behind] or steps)[-1]
                 self._go_back(step, error)
 
     def _go_back(self, step: int, error: Diverged) -> None:
         rate = self._task.settings.learning_rate / 2
+        self._engine.give_up_step()
         self._go_to(step)
         self._set_learning_rate(rate)
         if self._engine.rank == 0:
@@ -212,6 +217,7 @@ class _Run:
 
 def _first_batch(config: Config) -> Inputs:
     """The inputs that a student is made by: the same in every process, and for any number of them."""
-    loader = open_training(config, share(config, 0, 1))
+    size = min(config.optimize.micro_batch_size or config.optimize.batch_size, config.optimize.batch_size)
+    loader = open_training(config, Share(size, size))
     inputs: Inputs = next(iter(loader.batches(0, 0)))[0]
     return inputs

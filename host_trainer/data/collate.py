@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from host_trainer.errors import ConfigError
+
 #: What fills the end of a shorter sequence; torch's losses leave -100 out.
 _FILL = {"labels": -100}
 #: Lengths are multiples of it, which tensor cores want.
@@ -19,7 +21,17 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Stack the arrays of each name; sequences of several lengths are filled up to the longest.
 
     ``attention_mask`` is 0 where ``input_ids`` was filled.
+
+    Raises:
+        ConfigError: a sample lacks what another has.
     """
+    lacking = {name for sample in samples for name in sample.keys() ^ samples[0].keys()}
+    if lacking:
+        raise ConfigError(
+            f"a sample has no '{min(lacking)}'",
+            "another of its batch has it",
+            "give each sample the same",
+        )
     return {name: _stack(name, [np.asarray(sample[name]) for sample in samples]) for name in samples[0]}
 
 

@@ -118,7 +118,10 @@ def _collate(samples: Sequence[Any]) -> Any:
     for sample in samples:
         if isinstance(sample, TrainingError):
             return sample
-    return collate(samples)
+    try:
+        return collate(samples)
+    except TrainingError as error:
+        return error
 
 
 def _whole(batch: Any) -> Any:

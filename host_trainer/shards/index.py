@@ -119,7 +119,8 @@ def _shard(path: Path) -> Shard:
 def _load(path: Path) -> np.ndarray[Any, Any]:
     where = index_path(path)
     try:
-        starts = np.load(where, allow_pickle=False)
+        # Mapped, so that a header cannot ask for more memory than the file has bytes.
+        starts = np.array(np.lib.format.open_memmap(where, mode="r"))
     except (OSError, ValueError, EOFError) as error:
         raise TrainingError(f"the index {where} is damaged", str(error), f"delete {where}") from error
     fits = (
@@ -143,11 +144,20 @@ def _scan(path: Path) -> np.ndarray[Any, Any]:
     try:
         with tarfile.open(path, "r:") as archive:
             starts = list(_starts(archive))
-            return np.asarray([*starts, archive.offset] if starts else [0], np.int64)
+        with path.open("rb") as stream:
+            stream.seek(archive.offset)
+            block = stream.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise TrainingError(
             f"the shard {path} cannot be read", str(error), "copy it again; if it is compressed, unpack it"
         ) from error
+    if block != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
+        raise TrainingError(
+            f"the shard {path} is damaged at byte {archive.offset}",
+            "there is neither a file nor the zeros that end a tar file",
+            "copy it again",
+        )
+    return np.asarray([*starts, archive.offset] if starts else [0], np.int64)
 
 
 def _starts(archive: tarfile.TarFile) -> Iterator[int]:

@@ -35,6 +35,21 @@ def test_recomputed_activations_give_the_same_gradient() -> None:
     assert _kept_bytes(thrifty) < _kept_bytes(plain)
 
 
+def test_recomputed_activations_leave_the_same_batch_statistics() -> None:
+    """A batch counts once in BatchNorm's running statistics, although its block is computed twice."""
+    torch.manual_seed(0)
+    plain, thrifty = (nn.Sequential(_normalizing(), _normalizing(), nn.Linear(8, 3)) for _ in range(2))
+    thrifty.load_state_dict(plain.state_dict())
+    assert blocks.recompute(thrifty) == 2
+    want, got = _gradients(plain), _gradients(thrifty)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert all(torch.equal(value, thrifty.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+def _normalizing() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.GELU())
+
+
 def _body() -> nn.Module:
     return nn.Sequential(*(_block() for _ in range(2)))
 

@@ -232,6 +232,37 @@ def test_bad_shards_are_named(name: str, what: str, tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) == 3
 
 
+@pytest.mark.parametrize("damage", ["a header", "the end"])
+def test_a_shard_without_an_index_is_read_to_its_end_or_not_at_all(damage: str, tmp_path: Path) -> None:
+    """A header that is damaged, or a copy that stopped between two files, is an error, not fewer samples."""
+    spec = tmp_path / "s.tar"
+    _tar(spec, [("a.txt", b"a"), ("b.txt", b"b"), ("c.txt", b"c")])
+    assert len(ShardDataset(str(spec))) == 3
+    with spec.open("r+b") as stream:
+        if damage == "a header":
+            stream.seek(2 * tarfile.BLOCKSIZE)
+            stream.write(b"\1")
+        else:
+            stream.truncate(2 * tarfile.BLOCKSIZE)
+    with pytest.raises(TrainingError, match=r"s\.tar is damaged at byte 1024"):
+        ShardDataset(str(spec))
+
+
+@pytest.mark.parametrize("kind", ["archive", "vast"])
+def test_an_index_from_elsewhere_is_not_trusted(kind: str, tmp_path: Path) -> None:
+    """Several arrays, or one that says it is larger than memory, are an error that names the file."""
+    spec = tmp_path / "s.tar"
+    _tar(spec, [("a.txt", b"a")])
+    with (tmp_path / "s.idx").open("wb") as stream:
+        if kind == "archive":
+            np.savez(stream, starts=np.zeros(2, np.int64))
+        else:
+            header = {"descr": "<i8", "fortran_order": False, "shape": (1 << 50,)}
+            np.lib.format.write_array_header_1_0(stream, header)
+    with pytest.raises(TrainingError, match=r"s\.idx is damaged"):
+        ShardDataset(str(spec))
+
+
 def test_nothing_half_written_stays(tmp_path: Path) -> None:
     """A line that is no sample ends the writing: no directory stays; what exists is left alone."""
     data = _texts(tmp_path / "t.jsonl", 10)

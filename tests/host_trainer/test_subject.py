@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
 
 from host_trainer import adapter
 from host_trainer.config import Config, parse
+from host_trainer.data import call
 from host_trainer.errors import ConfigError
 from host_trainer.merging import merge
 from host_trainer.train import train
@@ -152,6 +154,36 @@ def test_an_onnx_file_teaches_a_factory_s_model(tmp_path: Path, monkeypatch: pyt
     train(config)
     learned = load_file(config.run / "model" / "model.safetensors")["weight"]
     assert torch.allclose(learned.T, weight, atol=0.1)
+
+
+def test_an_adapter_is_judged_with_the_statistics_that_it_is_merged_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BatchNorm's statistics stay the base's, as its weights do: merged, it has the loss that was told."""
+    (tmp_path / "normalized_of_test.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def block():\n    return nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())\n"
+        "def net():\n"
+        "    body = nn.Sequential(block(), block())\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 1), body, nn.Flatten(), nn.Linear(16, 2))\n"
+        "def data():\n"
+        "    make = lambda n: torch.randn(1, 6, 6, generator=torch.Generator().manual_seed(n)).numpy()\n"
+        "    return [{'x': 5 + n % 2 + make(n), 'labels': n % 2} for n in range(32)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = "normalized_of_test:data"
+    config = _config(
+        tmp_path, Path("unused"), model={"source": "normalized_of_test:net"},
+        data={"train": data, "eval": data, "workers": 0}, lora={"targets": ["convolution"]},
+    )  # fmt: skip
+    results = train(config).results
+    merged = merge(config.run, tmp_path / "merged", torch.float32).model
+    samples = call(data, "")
+    with torch.no_grad():
+        logits = merged(torch.stack([torch.from_numpy(sample["x"]) for sample in samples]))
+        loss = cross_entropy(logits, torch.tensor([sample["labels"] for sample in samples]))
+    assert float(loss) == pytest.approx(results["eval/loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from training import metrics, settings, start, train, weights
 
+from host_trainer import train as training_run
+from host_trainer.__main__ import INTERRUPTED
+from host_trainer.config import Config, parse
 from host_trainer.errors import ConfigError, Diverged
+from host_trainer.parallel import Parallel
 
 #: Sums in another order: what two processes add to each other's gradient.
 TOLERANCE = 1e-4
@@ -79,6 +89,21 @@ def test_a_student_learns_in_two_processes_as_in_one(alone: Path, tmp_path: Path
         train(settings(run, model__source="training:narrow_net", distill=teacher), processes)
     assert metrics(runs[2]) == pytest.approx(metrics(runs[1]), rel=0.05)
     assert metrics(runs[2])[-1] < 0.8 * metrics(runs[2])[0]
+
+
+def test_a_student_may_learn_from_features_alone_in_micro_batches_of_any_size(tmp_path: Path) -> None:
+    """In two processes too, where its head has no part in the loss, and where one process alone could not
+    share a step into such micro-batches.
+    """
+    document = settings(
+        tmp_path / "run",
+        model__source="training:narrow_net",
+        distill={"teacher": "training:net", "outputs": 0.0, "features": 1.0},
+        optimize__micro_batch_size=16,
+    )
+    train(document, 2)
+    losses = metrics(tmp_path / "run")
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(("before", "after", "strategy"), [(2, 1, "ddp"), (1, 2, "fsdp")])
@@ -190,11 +215,134 @@ def test_an_exploding_run_stops_with_its_cause(tmp_path: Path) -> None:
 def test_an_exploding_run_recovers_by_itself(tmp_path: Path) -> None:
     """Going back and halving the learning rate as often as it takes, it ends, and it has learned."""
     run = tmp_path / "run"
-    train(_exploding(run, monitor__rollbacks=12, data__eval="training:held_out"))
+    train(_exploding(run, monitor__rollbacks=12, monitor__stop_norm=20.0, data__eval="training:held_out"))
     rates = metrics(run, "train/learning_rate")
     assert max(rates[-40:]) < 4.0 / 2
     assert json.loads((run / "run.json").read_text())["state"] == "finished"
     assert metrics(run, "eval/loss")[-1] < metrics(run)[0]
+
+
+def test_a_way_back_that_is_not_taken_changes_nothing(alone: Path, tmp_path: Path) -> None:
+    """With ``monitor.rollbacks`` a run that never explodes is bit-identical to one without."""
+    train(settings(tmp_path / "run", monitor__rollbacks=1))
+    _same(alone, tmp_path / "run", tolerance=0.0)
+
+
+def test_one_checkpoint_is_gone_back_to_as_often_as_is_allowed(tmp_path: Path) -> None:
+    """Where there is none before it, each explosion halves the learning rate and begins there again."""
+    run = tmp_path / "run"
+    document = _exploding(run, monitor__rollbacks=12)
+    document["optimize"]["learning_rate"] = 64.0
+    train({**document, "checkpoint": {"every_steps": 1000}})
+    assert max(metrics(run, "train/learning_rate")[-40:]) < 64.0 / 2
+    assert json.loads((run / "run.json").read_text())["state"] == "finished"
+
+
+def test_a_run_that_goes_on_takes_the_settings_that_it_is_given(tmp_path: Path) -> None:
+    """The weight decay of the configuration counts, not that of the checkpoint."""
+    from host_trainer.checkpoint import Store
+
+    run = tmp_path / "run"
+    train(settings(run, checkpoint__every_steps=10, checkpoint__keep=9, optimize__weight_decay=0.5))
+    shutil.rmtree(run / "checkpoints" / "step-000000020")
+    train(settings(run, optimize__weight_decay=0.0))
+    saved = Store(run / "checkpoints", 9).read(20).state["groups"]
+    assert [group["weight_decay"] for group in saved] == [0.0, 0.0]
+
+
+def test_an_epoch_is_judged_although_the_run_ended_right_after_its_last_step(tmp_path: Path) -> None:
+    """Run again, also when it was finished, it has the results that it had."""
+    run = tmp_path / "run"
+    document = settings(run, data__eval="training:held_out", checkpoint__every_steps=10)
+    train(document)
+    results = json.loads((run / "run.json").read_text())["results"]
+    train(document)
+    summary = json.loads((run / "run.json").read_text())
+    assert summary["state"] == "finished"
+    assert summary["results"] == results
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"data__eval": "training:nothing"}, r"data\.eval"),
+        ({"data__train": "training:four_classes"}, "classes"),
+        ({"data__train": "training:half_labelled"}, "'labels'"),
+    ],
+)
+def test_data_that_does_not_fit_is_said(tmp_path: Path, changes: dict[str, str], what: str) -> None:
+    """Held-out data without a sample, a class more than the model has, a sample without the others' label."""
+    with pytest.raises(ConfigError) as caught:
+        train(settings(tmp_path / "run", **changes))
+    assert re.search(what, str(caught.value))
+
+
+def test_sigterm_reaches_the_training_process_behind_the_command(tmp_path: Path) -> None:
+    """What started it ends with the code of an interruption, and after the checkpoint is there."""
+    run, path = tmp_path / "run", tmp_path / "run.toml"
+    path.write_text(
+        f'run = "{run}"\nmodel.source = "training:net"\n'
+        'data = {train = "training:slow_points", workers = 0}\n'
+        "optimize = {epochs = 40, batch_size = 24}\n"
+        'parallel = {device = "cpu"}\nmonitor = {every_steps = 1, tensorboard = false}\n'
+    )
+    command = "import sys, pathlib; from host_trainer.launch import launch; "
+    command += "sys.exit(launch(pathlib.Path(sys.argv[1]), ()))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    with subprocess.Popen([sys.executable, "-c", command, str(path)], env=environment) as process:
+        while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+    assert process.returncode == INTERRUPTED
+    assert json.loads((run / "run.json").read_text())["state"] == "interrupted"
+
+
+class _Scaled(Parallel):
+    """A double: accelerate scales fp16's loss on GPUs alone; here a scaler on the CPU does it."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.accelerator.scaler = torch.amp.GradScaler("cpu")
+        self.accelerator.native_amp = True
+
+
+@pytest.fixture
+def fp16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs in this process, in fp16."""
+    monkeypatch.setattr(training_run, "Parallel", _Scaled)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fp16")
+def test_an_exploding_run_in_fp16_goes_back_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As often as is allowed, although the gradient was unscaled for a step that was not taken."""
+    document = _exploding(tmp_path / "run", precision__amp="fp16", monitor__rollbacks=2)
+    document["optimize"]["learning_rate"] = 64.0
+    document["monitor"]["stop_norm"] = 20.0
+    with pytest.raises(Diverged):
+        training_run.train(parse(document, "the test"))
+    assert capsys.readouterr().err.count("back to step") == 2
+
+
+@pytest.mark.usefixtures("fp16")
+def test_the_gradient_that_an_fp16_run_blames_is_not_scaled(tmp_path: Path) -> None:
+    """The largest layer's norm is within that of all."""
+    document = _exploding(tmp_path / "run", precision__amp="fp16")
+    document["monitor"]["stop_norm"] = 20.0
+    with pytest.raises(Diverged, match=r"norm (\S+) passed") as caught:
+        training_run.train(parse(document, "the test"))
+    whole, largest = (
+        float(found[1])
+        for found in (
+            re.search(r"norm (\S+) passed", caught.value.what),
+            re.search(r"the largest, ([^,]+),", caught.value.why),
+        )
+        if found
+    )
+    assert largest <= 1.01 * whole
 
 
 def test_another_run_s_directory_is_refused(alone: Path) -> None:

@@ -167,6 +167,24 @@ def held_out() -> Points:
     return Points(37, seed=1)
 
 
+def nothing() -> Points:
+    """Data without a sample."""
+    return Points(0)
+
+
+def four_classes() -> Points:
+    """One class more than the nets answer."""
+    data = Points()
+    data.labels[100] = 3
+    return data
+
+
+def half_labelled() -> list[dict[str, Any]]:
+    """Every other sample has no label."""
+    data = Points()
+    return [{"point": data.points[n], **({"labels": data.labels[n]} if n % 2 else {})} for n in range(240)]
+
+
 def poisoned() -> Points:
     """One sample holds NaN."""
     data = Points()
