@@ -30,6 +30,8 @@ _RIDGE_FRACTION = 1e-4
 Batch = Any
 #: Runs a model on a batch; gives a tensor, or a sequence or mapping with tensors.
 Call = Callable[[nn.Module, Batch], Any]
+#: Of a batch of texts, (batch, tokens): 0 where there is only padding; None: every place counts.
+Mask = Callable[[Batch], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,24 @@ class OnnxTeacher:
         )
 
 
+def mask_of_tokens(batch: Batch) -> Tensor | None:
+    """A batch's ``attention_mask``; None where it has none, or where another sequence is answered for."""
+    if not isinstance(batch, Mapping) or "decoder_input_ids" in batch:
+        return None
+    return batch.get("attention_mask")
+
+
 class Student(nn.Module):
     """The model and its projections; called with a batch it gives the loss, or the model's own answer."""
 
     def __init__(
-        self, model: nn.Module, call: Call, teacher: Teacher, weights: Weights, example: Batch
+        self,
+        model: nn.Module,
+        call: Call,
+        teacher: Teacher,
+        weights: Weights,
+        example: Batch,
+        mask: Mask = mask_of_tokens,
     ) -> None:
         """Pair the blocks of both and make the projections that widths need.
 
@@ -162,6 +177,7 @@ class Student(nn.Module):
             teacher: answers for the same batches.
             weights: what counts how much.
             example: a batch, to learn the widths from.
+            mask: which tokens of a batch are no padding.
 
         Raises:
             TrainingError: the two do not go together; the message says where.
@@ -171,6 +187,7 @@ class Student(nn.Module):
         self._call = call
         self._teacher = teacher
         self._weights = weights
+        self._mask = mask
         training = model.training
         model.eval()  # the example leaves no trace in statistics
         with torch.no_grad():
@@ -189,18 +206,19 @@ class Student(nn.Module):
         weights = self._weights
         own = look(self.model, self._call, batch, weights.inside)
         other = self._teacher(batch)
+        mask = self._mask(batch)
         terms = []
         if weights.outputs > 0:
             terms.append(
-                weights.outputs * losses.distillation(own.outputs, other.outputs, weights.temperature)
+                weights.outputs * losses.distillation(own.outputs, other.outputs, weights.temperature, mask)
             )
         if weights.features > 0:
             projected = [p(x) for p, x in zip(self.projections, own.features, strict=True)]
             terms.append(
-                weights.features * losses.features(projected, _spread(other.features, len(projected)))
+                weights.features * losses.features(projected, _spread(other.features, len(projected)), mask)
             )
         if weights.attention > 0:
-            terms.append(weights.attention * _attention(own, other))
+            terms.append(weights.attention * _attention(own, other, mask))
         if weights.labels > 0 and own.loss is not None:
             terms.append(weights.labels * own.loss)
         return torch.stack(terms).sum()
@@ -265,10 +283,10 @@ def _spread(teacher: Sequence[Tensor], count: int) -> list[Tensor]:
     return [teacher[(position + 1) * len(teacher) // count - 1] for position in range(count)]
 
 
-def _attention(own: Seen, other: Seen) -> Tensor:
+def _attention(own: Seen, other: Seen, mask: Tensor | None) -> Tensor:
     if own.attention and other.attention:
-        return losses.attention(own.attention, _spread(other.attention, len(own.attention)))
-    return losses.energy(own.features, _spread(other.features, len(own.features)))
+        return losses.attention(own.attention, _spread(other.attention, len(own.attention)), mask)
+    return losses.energy(own.features, _spread(other.features, len(own.features)), mask)
 
 
 def _projection(student: Tensor, teacher: Tensor) -> nn.Module:

@@ -69,7 +69,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     try:
         teacher = ModuleTeacher(model.module(), _call, inside=settings.feature_weight > 0)
         weights = Weights(features=settings.feature_weight, temperature=settings.temperature)
-        student = Student(pruned, _call, teacher, weights, next(batches.epoch(0)))
+        student = Student(pruned, _call, teacher, weights, next(batches.epoch(0)), batches.mask)
         facts = _train(student, batches, judges, config, inputs.tick)
     except TrainingError as error:
         raise BadInput(f"recovery failed: {error.what}", error.why, error.fix) from error
@@ -215,6 +215,12 @@ class _Batches:
         self._batch_size = min(batch_size, len(self._samples))
         self._seed = seed
         self.per_epoch = len(self._samples) // self._batch_size
+
+    def mask(self, batch: tuple[Tensor, ...]) -> Tensor | None:
+        """Which tokens of a batch are no padding, where the model is told."""
+        from host_trainer.distill import mask_of_tokens
+
+        return mask_of_tokens(dict(zip(self._names, batch, strict=True)))
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, ...]]:
         """Batches of one epoch; the last samples that fill no batch wait for another epoch's order."""

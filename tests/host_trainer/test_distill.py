@@ -201,3 +201,23 @@ def test_equal_models_have_no_loss_and_energy_ignores_width() -> None:
     assert float(losses.features([tokens], [tokens])) == 0
     assert float(losses.attention([maps.roll(1, dims=-1)], [maps])) > 0.01
     assert float(losses.energy([planes.roll(1, dims=-1)], [planes])) > 0.01
+
+
+def test_padding_teaches_nothing() -> None:
+    """Texts of several lengths give the loss of what is in them: filled up further, they give the same."""
+    student, teacher = _bert(2, 16).bert.eval(), _bert(4, 32).bert.eval()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    mask = torch.ones(8, 7, dtype=torch.int64)
+    mask[:4, 5:] = 0
+    texts = {"input_ids": torch.randint(1, 50, (8, 7)) * mask, "attention_mask": mask}
+    longer = {name: torch.nn.functional.pad(values, (0, 4)) for name, values in texts.items()}
+
+    def call(model: nn.Module, batch: Any) -> list[Tensor]:
+        return [model(**batch).last_hidden_state[..., :16]]
+
+    for weights in (Weights(), Weights(outputs=0, features=1.0), Weights(outputs=0, attention=1.0)):
+        taught = Student(student, call, ModuleTeacher(teacher, call, weights.inside), weights, texts)
+        with torch.no_grad():
+            torch.testing.assert_close(taught(longer), taught(texts))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from host_trainer.losses import distillation
+from host_trainer.losses import distillation, energy
 
 _shapes = st.sampled_from([(4, 10), (1, 2), (6, 1), (2, 3, 4), (3, 2, 5, 5)])
 
@@ -62,3 +62,11 @@ def test_several_outputs_count_alike_and_must_match() -> None:
     assert float(both) == pytest.approx(float(distillation([b + 1], [b], 2.0)) / 2, rel=1e-4)
     with pytest.raises(ValueError, match="zip"):
         distillation([a], [a, b], 2.0)
+
+
+def test_padding_has_no_energy() -> None:
+    """Where the input is spread over is told by its own places: what stands behind them changes nothing."""
+    mine, theirs = torch.randn(2, 5, 4), torch.randn(2, 5, 6)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 0, 0]])
+    want = energy([mine[:, :3]], [theirs[:, :3]])
+    torch.testing.assert_close(energy([mine], [theirs], mask), want)
