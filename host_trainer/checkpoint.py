@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from host_trainer.errors import ConfigError
 from host_trainer.tensor_file import write_tensors
 
+_GONE = ".gone"
 _NAME = re.compile(r"step-(\d{9})")
 _MAX_STATE_BYTES = 16 << 20
 _SEPARATOR = "\t"  # no parameter's name holds a tab
@@ -140,14 +141,16 @@ class Store:
             for path in (*partial.iterdir(), partial):
                 _to_disk(path)
             if final.exists():  # a run that went back comes by again
-                shutil.rmtree(final)
+                _delete(final)
             partial.rename(final)
             _to_disk(self._directory)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        for gone in self._directory.glob(f".*{_GONE}"):  # a crash came between
+            shutil.rmtree(gone)
         for step in self.steps()[: -self._keep]:
-            shutil.rmtree(self._directory / f"step-{step:09d}")
+            _delete(self._directory / f"step-{step:09d}")
 
     def read(self, step: int) -> Snapshot:
         """Read a checkpoint.
@@ -177,7 +180,7 @@ class Store:
         """Delete the checkpoints after ``step``: the run went back behind them."""
         for later in self.steps():
             if later > step:
-                shutil.rmtree(self._directory / f"step-{later:09d}")
+                _delete(self._directory / f"step-{later:09d}")
 
     def _write_or_note(self, snapshot: Snapshot) -> None:
         try:
@@ -231,6 +234,14 @@ def _unflatten(tensors: Mapping[str, Tensor], others: Mapping[str, Any]) -> dict
         parameter, key = name.split(_SEPARATOR)
         moments.setdefault(parameter, {})[key] = value
     return moments
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete one so that a crash in the middle leaves none that is half there."""
+    gone = checkpoint.with_name(f".{checkpoint.name}{_GONE}")
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _to_disk(path: Path) -> None:

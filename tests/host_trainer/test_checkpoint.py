@@ -46,6 +46,27 @@ def test_what_was_cut_off_is_no_checkpoint(tmp_path: Path) -> None:
     assert store.steps() == [5]
 
 
+def test_what_was_deleted_in_part_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while later checkpoints are forgotten leaves whole ones; the next write clears the rest."""
+    store = Store(tmp_path, keep=2)
+    for step in (5, 10):
+        store.write(_snapshot(step))
+
+    def killed(directory: Path, ignore_errors: bool = False) -> None:
+        if directory.exists():
+            (directory / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("host_trainer.checkpoint.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.forget_after(5)
+    assert store.steps() == [5]
+    store.write(_snapshot(10))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000005", "step-000000010"]
+    assert store.read(10).step == 10
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one megabyte."""
