@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+import threading
 from pathlib import Path, PurePosixPath
 from typing import Dict, Mapping
 
@@ -25,6 +26,7 @@ class Uploads:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._sizes: Dict[Path, int] = {}
+        self._reserving = threading.Lock()
 
     def add(self, name: str, files: Mapping[str, bytes]) -> Path:
         """Write the files of a model.
@@ -39,13 +41,6 @@ class Uploads:
         Raises:
             BadInput: a name that no directory can have, a path that leaves the directory, or too much.
         """
-        size = sum(map(len, files.values()))
-        if len(files) > MAX_FILES or size + sum(self._sizes.values()) > self._limit_bytes:
-            raise BadInput(
-                f"the files uploaded for model '{name}' are too large",
-                f"uploaded models may take {self._limit_bytes} bytes in {MAX_FILES} files each",
-                "unload a model that was uploaded, or raise limits.max_upload_bytes",
-            )
         if not _NAME.fullmatch(name):  # an empty one would be the directory above, with what is not ours
             raise BadInput(
                 f"model '{name[:200]}' cannot be loaded from files",
@@ -53,8 +48,7 @@ class Uploads:
                 "choose a name without slashes that does not begin with a dot",
             )
         paths = [_checked(name, path) for path in files]
-        directory = Path(tempfile.mkdtemp(prefix="edgekit-upload-"), name)
-        self._sizes[directory] = size
+        directory = self._reserve(name, files)
         try:
             for path, data in zip(paths, files.values()):
                 target = directory / path
@@ -67,6 +61,20 @@ class Uploads:
                 error.strerror or str(error),
                 "free space where temporary files are kept (TMPDIR)",
             ) from error
+        return directory
+
+    def _reserve(self, name: str, files: Mapping[str, bytes]) -> Path:
+        """An empty directory, and room for the files: uploads that come together share what there is."""
+        size = sum(map(len, files.values()))
+        with self._reserving:
+            if len(files) > MAX_FILES or size + sum(self._sizes.values()) > self._limit_bytes:
+                raise BadInput(
+                    f"the files uploaded for model '{name}' are too large",
+                    f"uploaded models may take {self._limit_bytes} bytes in {MAX_FILES} files each",
+                    "unload a model that was uploaded, or raise limits.max_upload_bytes",
+                )
+            directory = Path(tempfile.mkdtemp(prefix="edgekit-upload-"), name)
+            self._sizes[directory] = size
         return directory
 
     def remove(self, directory: Path) -> None:

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional
 
@@ -290,6 +291,32 @@ def test_a_file_name_that_cannot_be_stored_takes_no_room(temporary: Path) -> Non
     finally:
         uploads.clear()
     assert [path.name for path in temporary.iterdir()] == ["of another program"]
+
+
+def test_uploads_that_come_together_share_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that would fit alone, one is refused."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    make_directory = tempfile.mkdtemp
+
+    def slowly(prefix: str) -> str:
+        time.sleep(0.2)
+        return make_directory(prefix=prefix)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", slowly)
+    uploads = Uploads(limit_bytes=100)
+
+    def add(name: str) -> bool:
+        try:
+            uploads.add(name, {"1/model.onnx": bytes(60)})
+        except BadInput:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(add, ["a", "b"])) == [False, True]
+    uploads.clear()
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_without_a_configuration_are_refused(agent: AgentProcess) -> None:
