@@ -3,7 +3,8 @@
 python benchmarks/detection.py [--json] [--quick]
 
 The contract is size, drop and latency: a first run says what the original takes, a second, which finds the
-first one's stages finished, must meet a p95 below the original's.
+first one's stages finished, must meet a p95 below the original's. What is served is of the first run: an
+agent holds a bundle to its contract, and this machine has other things to do beside it.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ def _seed(seed: int, requests: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as temporary:
         work = Path(temporary)
         training_s = _train(work, seed)
-        original = _compress(work, seed)["baseline"]["latency_ms"]
-        report = _compress(work, seed, "--latency", f"p95:{original['p95']:.3f}ms")
+        first = _compress(work, seed, "plain")
+        original = first["baseline"]["latency_ms"]
+        report = _compress(work, seed, "contract", "--latency", f"p95:{original['p95']:.3f}ms")
         chosen, baseline = report["chosen"], report["baseline"]
         interval = chosen["metric_drop_interval"]
-        return {
+        row = {
             "training_s": training_s,
             "contract_met": report["contract"]["met"],
             "contract_missed": report["contract"]["unmet"],
@@ -70,8 +72,10 @@ def _seed(seed: int, requests: int) -> dict[str, Any]:
             "latency_bound": report["contract"]["latency"],
             "latency_p95_ms": chosen["latency_ms"]["p95"],
             "latency_p50_ratio": chosen["latency_ms"]["p50"] / baseline["latency_ms"]["p50"],
-            **_served(work, Path(report["bundle"]["file"]), requests),
+            **_served(work, Path(first["bundle"]["file"]), requests),
         }
+    print(json.dumps(row), file=sys.stderr)
+    return row
 
 
 def _train(work: Path, seed: int) -> float:
@@ -82,7 +86,7 @@ def _train(work: Path, seed: int) -> float:
     return time.perf_counter() - begin
 
 
-def _compress(work: Path, seed: int, *contract: str) -> dict[str, Any]:
+def _compress(work: Path, seed: int, out: str, *contract: str) -> dict[str, Any]:
     scenes = work / "scenes"
     done = subprocess.run(
         [
@@ -90,7 +94,7 @@ def _compress(work: Path, seed: int, *contract: str) -> dict[str, Any]:
             "--weights", work / "detector.safetensors", "--profile", "x86-cpu", "--seed", str(seed),
             "--recipe", ROOT / "examples" / "detection" / "recipe.toml", "--train", scenes / "train.jsonl",
             "--calib", scenes / "calib.jsonl", "--eval", scenes / "held_out.jsonl",
-            "--out", work / "out", "--workdir", work / "work", "--json", *contract,
+            "--out", work / out, "--workdir", work / "work", "--json", *contract,
         ],
         cwd=ROOT, check=False, stdout=subprocess.PIPE,
     )  # fmt: skip
