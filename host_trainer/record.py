@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -34,8 +35,9 @@ class Journal:
             self._board.add_custom_scalars({"gradient": {"norm and healthy band": ["Margin", list(_BAND)]}})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write numbers; a name's part before the slash is its group."""
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        """Write numbers; a name's part before the slash is its group. In JSON what is infinite is null."""
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, **known}) + "\n")
         self._lines.flush()
         if self._board is not None:
             for name, value in values.items():
@@ -53,14 +55,15 @@ class Journal:
             self._board.close()
 
 
-def last_metrics(run: Path) -> dict[str, float]:
-    """The last of each number in ``metrics.jsonl``; a line that a crash cut off is left out."""
-    last: dict[str, float] = {}
+def last_metrics(run: Path) -> dict[str, float | None]:
+    """The last of each number in ``metrics.jsonl``, None for what is none; a broken line is left out."""
+    last: dict[str, float | None] = {}
     try:
         with (run / METRICS_FILE).open(encoding="utf-8") as lines:
             for line in lines:
                 with suppress(ValueError):
-                    last |= json.loads(line)
+                    record = json.loads(line)
+                    last |= record if isinstance(record, dict) else {}
     except OSError:
         return {}
     return {name: value for name, value in last.items() if "/" in name and not name.startswith("activation")}

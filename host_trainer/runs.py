@@ -32,7 +32,7 @@ class Listed:
     step: int
     total_steps: int
     seconds: float
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     revision: str | None
     settings: dict[str, Any]
 

@@ -64,11 +64,23 @@ def test_tensorboard_reads_what_was_recorded(tmp_path: Path) -> None:
     assert {f"activations/{layer}" for layer in "012"} <= set(events.Tags()["histograms"])
     assert events.Histograms("activations/1")[-1].step == 20  # the reader keeps the last one by default
     last = last_metrics(tmp_path)
-    assert last["train/learning_rate"] < 1e-4
+    assert last["train/learning_rate"] == pytest.approx(0, abs=1e-4)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     relu = [line["activation_zero_fraction/1"] for line in lines if "activation_zero_fraction/1" in line]
     assert len(relu) == 2
     assert all(0 < share < 1 for share in relu)
+
+
+def test_every_line_of_the_metrics_is_json(tmp_path: Path) -> None:
+    """What is infinite or no number is null, and no reader chokes on that or on a broken line."""
+    journal = Journal(tmp_path, Monitor(tensorboard=False))
+    journal.write(1, {"gradient/norm": float("inf"), "eval/loss": float("nan"), "train/loss": 2.0})
+    journal.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    (tmp_path / "metrics.jsonl").write_text(text + '7\n{"train/loss": 1')
+    assert last_metrics(tmp_path) == {"gradient/norm": None, "eval/loss": None, "train/loss": 2.0}
 
 
 def test_nothing_is_hooked_between_records(tmp_path: Path) -> None:
