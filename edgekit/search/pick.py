@@ -62,7 +62,7 @@ class Outcome:
     """What was found.
 
     Attributes:
-        baseline: the original's facts.
+        baseline: the original's facts, measured in turns with the chosen one.
         candidates: all of them, in the order of preference.
         chosen: one of them.
         unmet: what the chosen one misses -> why; empty: the contract is met.
@@ -93,7 +93,7 @@ def pick(tried: Sequence[Tried], contract: Contract, profile: Profile, device: D
     ]
     chosen = _best(candidates)
     judged = tuple(_with_reason(candidate, chosen) for candidate in candidates)
-    return Outcome(_baseline(tried[0]), judged, chosen, {**chosen.unmet, **_slower(chosen)})
+    return Outcome(_baseline(tried[0], chosen), judged, chosen, {**chosen.unmet, **_slower(chosen)})
 
 
 def binding(outcome: Outcome) -> tuple[str, ...]:
@@ -122,9 +122,10 @@ def _misses(candidate: Candidate) -> tuple[bool, int]:
     return candidate.slower, len(candidate.unmet)
 
 
-def _baseline(first: Tried) -> dict[str, Any]:
+def _baseline(first: Tried, chosen: Candidate) -> dict[str, Any]:
+    """The original as measured in turns with the chosen one: at another time the machine is another."""
     graph = first.ran.artifacts["export.original"].metadata
-    measured = first.ran.artifacts[next(iter(first.plan.candidates.values()))[1]].metadata
+    measured = chosen.measurement.metadata
     return {
         "params": graph["params"],
         "macs": graph["macs"],

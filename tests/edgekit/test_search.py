@@ -37,8 +37,10 @@ def _latency(p50: float) -> dict[str, Any]:
     return {"p50": p50, "p95": 2 * p50, "p99": 3 * p50, "runs": 10, "batch": 1, "where": "a double"}
 
 
-def _ran(directory: Path, figures: dict[str, tuple[float, float]], params: int = 40) -> tuple[Plan, Ran]:
-    """A run with made-up figures: precision -> (p50 in ms, metric); the original has 10 ms and 0.9."""
+def _ran(
+    directory: Path, figures: dict[str, tuple[float, float]], params: int = 40, original_ms: float = 10.0
+) -> tuple[Plan, Ran]:
+    """A run with made-up figures: precision -> (p50 in ms, metric); the original's metric is 0.9."""
     (directory / "model.onnx").write_bytes(bytes(25))
     graph = {"macs": 100, "size_bytes": 100}
     artifacts = {
@@ -62,7 +64,7 @@ def _ran(directory: Path, figures: dict[str, tuple[float, float]], params: int =
                 "method": "a double",
                 "confidence": 0.95,
             },
-            latency_ms={"original": _latency(10.0), "candidate": _latency(p50)},
+            latency_ms={"original": _latency(original_ms), "candidate": _latency(p50)},
         )
         candidates[precision] = (f"build.{precision}", f"verify.{precision}")
     targets: dict[str, tuple[str, ...]] = dict.fromkeys(candidates, ())
@@ -116,6 +118,18 @@ def test_a_drop_of_just_what_is_allowed_is_within(directory: Path, metric: float
     outcome = _pick(directory, {"int8": (5.0, metric)}, Contract(max_drop=max_drop))
     assert not outcome.unmet
     assert outcome.chosen.facts["metric_drop"] == max_drop
+
+
+def test_the_original_is_told_as_measured_beside_the_chosen_one(directory: Path) -> None:
+    """Where the machine became half as fast between two trials, no ratio is taken across them."""
+    tried = [
+        search.Tried(name, *_ran(directory, {"int8": (p50, 0.9)}, original_ms=original_ms))
+        for name, p50, original_ms in (("first", 8.0, 10.0), ("second", 9.0, 20.0))
+    ]
+    outcome = search.pick(tried, Contract(), HERE, THIS_MACHINE)
+    assert outcome.chosen.facts["trial"] == "second"
+    assert outcome.baseline["latency_ms"]["p50"] == 20.0
+    assert outcome.baseline["latency_ms"]["p50"] / 9.0 == outcome.chosen.facts["speedup"]
 
 
 @given(figures=_figures, contract=_contracts)
