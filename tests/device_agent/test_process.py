@@ -160,12 +160,13 @@ def test_a_process_that_cannot_be_started_holds_nothing(
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(socket if cannot == "socketpair" else subprocess, cannot, refuse)
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         with pytest.raises(Refused, match="cannot be started"):
             ProcessEngine(_source(tmp_path, linear()), _settings())
     gc.collect()  # an error knows its frames, and with them what is mapped
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # threads of other tests may still end
 
 
 # Crashes
