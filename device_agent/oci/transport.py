@@ -187,6 +187,7 @@ class Transport:
     def _exchange(
         self, method: str, url: str, headers: Dict[str, str], body: Optional[Body], size_bytes: int
     ) -> Iterator[Response]:
+        self._refuse_if_closed()  # to connect may take as long as the network lets it
         connection = self._connect(urlsplit(url))
         if body is not None:
             length = len(body) if isinstance(body, bytes) else size_bytes

@@ -319,6 +319,9 @@ def test_close_breaks_off_a_transfer_at_once(tmp_path: Path) -> None:
     assert failures
     with pytest.raises(RegistryError, match="broken off"):
         Repository(found, carrier, Credentials()).manifest(DIGEST)
+    nobody = reference.parse("oci://127.0.0.1:1/models/model:stable")
+    with pytest.raises(RegistryError, match="broken off"):
+        Repository(nobody, carrier, Credentials()).manifest(DIGEST)
 
 
 # Redirects and secrets
