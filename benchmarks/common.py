@@ -7,14 +7,19 @@ import json
 import operator
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 # A checkout needs no installation: a GPU machine may reach no index.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(ROOT))
+
+#: Exit code of a command that misses its contract.
+_MISSED = 3
 
 Figures = Mapping[str, Any]
 #: Figure -> (comparison, bound), such as ("<=", 0.42).
@@ -36,6 +41,16 @@ def options_parser(description: str) -> argparse.ArgumentParser:
 def parse_options(description: str) -> argparse.Namespace:
     """The options, where a benchmark has no others."""
     return options_parser(description).parse_args()
+
+
+def report_of(*arguments: object) -> dict[str, Any]:
+    """The report of an edgekit command; also where the contract is missed, which the figures say then."""
+    command = [sys.executable, "-m", "edgekit.cli", *map(str, arguments), "--json"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE)
+    if done.returncode not in (0, _MISSED):
+        sys.exit(f"edgekit {arguments[0]} ended with {done.returncode}")
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 def document(

@@ -8,21 +8,17 @@ original. ``--work`` keeps what was trained and computed, as ``edgekit demo --ou
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import document, finish, options_parser
+from common import document, finish, options_parser, report_of
 
 SEEDS = (0, 1, 2)
 SIZE, MAX_DROP = 0.35, 0.012
 #: Of the original's p95: the latency that the contract asks for.
 LATENCY_SHARE = 0.5
-EXIT_MISSED = 3
 
 
 def main() -> None:
@@ -34,7 +30,7 @@ def main() -> None:
     reports, contracts = [], []
     for seed in seeds:
         with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as temporary:
-            out = options.work or Path(temporary)
+            out = (options.work or Path(temporary)).resolve()
             reports.append(_demo(seed, out))
             contracts.append(_under_contract(seed, out, reports[-1]["baseline"]["latency_ms"]["p95"]))
     figures: dict[str, Any] = {
@@ -70,28 +66,18 @@ def main() -> None:
 
 
 def _demo(seed: int, out: Path) -> dict[str, Any]:
-    return _report(0, "demo", "--seed", seed, "--out", out)
+    return report_of("demo", "--seed", seed, "--out", out)
 
 
 def _under_contract(seed: int, out: Path, original_p95_ms: float) -> dict[str, Any]:
     home = out / f"seed-{seed}"
-    return _report(
-        EXIT_MISSED, "compress", "edgekit.demo.digits:build", "--weights", home / "digits.safetensors",
+    return report_of(
+        "compress", "edgekit.demo.digits:build", "--weights", home / "digits.safetensors",
         "--profile", "x86-cpu", "--calib", home / "calib.npz", "--eval", home / "held_out.npz",
         "--seed", seed,
         "--size", SIZE, "--max-drop", MAX_DROP, "--latency", f"p95:{LATENCY_SHARE * original_p95_ms:.3f}ms",
         "--out", out / "contract", "--workdir", out / "work",
     )  # fmt: skip
-
-
-def _report(may_end_with: int, *arguments: object) -> dict[str, Any]:
-    """The report of a command; also where it ends with this code."""
-    command = [sys.executable, "-m", "edgekit.cli", *map(str, arguments), "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE)
-    if done.returncode not in (0, may_end_with):
-        sys.exit(f"edgekit {arguments[0]} ended with {done.returncode}")
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
 
 
 def _p50(figures: dict[str, Any]) -> float:

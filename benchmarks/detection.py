@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import document, finish, parse_options
+from common import ROOT, document, finish, parse_options, report_of
 
 from edgekit import bundle, ort, sign
 from edgekit.bench.client import Client
 from edgekit.bench.local_agent import running
 from edgekit.deploy import local
 
-ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
 REQUESTS, WARM_UP = 2000, 100
 SIZE, MAX_DROP = 0.35, 0.012
@@ -88,20 +87,12 @@ def _train(work: Path, seed: int) -> float:
 
 def _compress(work: Path, seed: int, out: str, *contract: str) -> dict[str, Any]:
     scenes = work / "scenes"
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "edgekit.cli", "compress", "examples.detection.detector:build",
-            "--weights", work / "detector.safetensors", "--profile", "x86-cpu", "--seed", str(seed),
-            "--recipe", ROOT / "examples" / "detection" / "recipe.toml", "--train", scenes / "train.jsonl",
-            "--calib", scenes / "calib.jsonl", "--eval", scenes / "held_out.jsonl",
-            "--out", work / out, "--workdir", work / "work", "--json", *contract,
-        ],
-        cwd=ROOT, check=False, stdout=subprocess.PIPE,
+    return report_of(
+        "compress", "examples.detection.detector:build", "--weights", work / "detector.safetensors",
+        "--profile", "x86-cpu", "--seed", seed, "--recipe", ROOT / "examples" / "detection" / "recipe.toml",
+        "--train", scenes / "train.jsonl", "--calib", scenes / "calib.jsonl",
+        "--eval", scenes / "held_out.jsonl", "--out", work / out, "--workdir", work / "work", *contract,
     )  # fmt: skip
-    if done.returncode not in (0, 3):  # 3: the contract is missed, which the figures say
-        sys.exit(f"edgekit compress ended with {done.returncode}")
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
 
 
 def _served(work: Path, single: Path, requests: int) -> dict[str, float]:

@@ -5,7 +5,6 @@ python benchmarks/text_encoder.py [--json] [--quick]
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import document, finish, parse_options
+from common import document, finish, parse_options, report_of
 
 from edgekit.measure import processor
 from edgekit.measure.latency import interleaved, this_machine
@@ -65,15 +64,12 @@ def _compress(work: Path) -> dict[str, Any]:
     subprocess.run(
         [sys.executable, EXAMPLE / "sentences.py", work / "data"], check=True, stdout=subprocess.DEVNULL
     )
-    command: list[str | Path] = [
-        sys.executable, "-m", "edgekit.cli", "compress", Path(found.origin).parent / "model",
-        "--profile", _profile(), "--recipe", EXAMPLE / "recipe.toml", "--precision", "int8", "--json",
+    return report_of(
+        "compress", Path(found.origin).parent / "model", "--profile", _profile(),
+        "--recipe", EXAMPLE / "recipe.toml", "--precision", "int8",
         "--calib", work / "data" / "calib.jsonl", "--eval", work / "data" / "held_out.jsonl",
         "--out", work / "out", "--workdir", work / "work",
-    ]  # fmt: skip
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
+    )  # fmt: skip
 
 
 def _profile() -> str:

@@ -90,14 +90,13 @@ def protect(
     harm = sensitivity(original, scales, samples, options.target, threads=options.threads)
     order = [entry.node for entry in harm if entry.node not in options.exclude]
     most = len(order) - 1 if max_kept is None else min(max_kept, len(order) - 1)
-    too_few, enough = 0, 1
-    while enough <= most:
-        found = attempt(tuple(order[:enough]))
+    too_few = 0
+    while too_few < most:
+        found = attempt(tuple(order[: min(2 * too_few or 1, most)]))
         if found.met:
             return _fewest(lambda count: attempt(tuple(order[:count])), too_few, found)
         best = max(best, found, key=lambda candidate: candidate.score)
-        too_few = enough
-        enough = 2 * enough if 2 * enough < most or enough == most else most
+        too_few = len(found.kept)
     return best
 
 

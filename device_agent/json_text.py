@@ -1,9 +1,9 @@
 """JSON that came from outside, with bounds on how deeply it may be nested and how long its numbers may be.
 
-Python raises RecursionError for a document that is nested too deeply, but 3.8 and 3.9 can end the process
-instead ("Fatal Python error: Cannot recover from stack overflow"): if a callback of the garbage collector
-meets the recursion limit while the parser is near it, the parser is let through and goes on until the
-interpreter gives up. A client must not be able to do that, so the depth is known before the parser starts.
+Python raises RecursionError for a document that is nested too deeply, but 3.8 can end the process instead
+("Fatal Python error: Cannot recover from stack overflow"): if a callback of the garbage collector meets the
+recursion limit while the parser is near it, the parser is let through and goes on until the interpreter gives
+up. A client must not be able to do that, so the depth is known before the parser starts.
 
 Reading a whole number takes time with the square of its digits. Python refuses more than 4300 of them, but
 only since 3.8.14, and devices have older ones: Ubuntu 20.04, and so JetPack 5, has 3.8.10.

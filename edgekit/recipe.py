@@ -99,8 +99,8 @@ class Recover(_Frozen):
     """Of the distance of the activations after each block from the original's, beside the outputs'. Where
     widths differ, through a projection that is trained along and thrown away."""
     adapter_rank: int | None = Field(None, ge=1)
-    """Train low-rank updates of this rank (LoRA) and the head, and add them to the weights at the end: less
-    memory, and less to forget where data is short. None: train all weights."""
+    """Train low-rank updates of this rank (LoRA) and the head, and add them to the weights at the end; None:
+    train all weights."""
     patience: int | None = Field(None, ge=1)
     """Stop after so many epochs without a better loss on an eighth of the data, kept aside; None: never."""
     budget_s: float | None = Field(None, gt=0)

@@ -203,9 +203,7 @@ def merge(
 
 
 @contextmanager
-def adapted(
-    model: nn.Module, rank: int, seed: int, forward: Callable[[nn.Module], Tensor]
-) -> Iterator[tuple[str, ...]]:
+def adapted(model: nn.Module, rank: int, seed: int, forward: Callable[[nn.Module], Tensor]) -> Iterator[None]:
     """Train low-rank updates of a model's layers, and its head, within the block; then merge them, in place.
 
     Args:
@@ -214,16 +212,13 @@ def adapted(
         seed: of the first values.
         forward: runs a model on some real inputs, to compare it before and after merging; gives one output.
 
-    Yields:
-        The names of the layers with an update.
-
     Raises:
         TrainingError: as ``attach`` and ``merge``.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         attached = attach(model, ("attention", "mlp", "convolution"), rank, 2 * rank)
-    yield attached.adapted
+    yield
     merge(attached.model, forward)
 
 

@@ -69,8 +69,9 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     try:
         teacher = ModuleTeacher(model.module(), _call, inside=settings.feature_weight > 0)
         weights = Weights(features=settings.feature_weight, temperature=settings.temperature)
-        student = Student(pruned, _call, teacher, weights, next(batches.epoch(0)), batches.mask)
-        facts = _train(student, batches, judges, config, inputs.tick)
+        example = next(batches.epoch(0))
+        student = Student(pruned, _call, teacher, weights, example, batches.mask)
+        facts = _train(student, batches, judges, example, config, inputs.tick)
     except TrainingError as error:
         raise BadInput(f"recovery failed: {error.what}", error.why, error.fix) from error
     recalibrate(pruned, batches.epoch(0), _call)
@@ -83,15 +84,19 @@ def _call(module: nn.Module, batch: tuple[Tensor, ...]) -> Any:
 
 
 def _train(
-    student: Student, batches: _Batches, judges: list[Any], config: Config, tick: Any
+    student: Student,
+    batches: _Batches,
+    judges: list[Any],
+    example: tuple[Tensor, ...],
+    config: Config,
+    tick: Any,
 ) -> dict[str, Any]:
-    """Distil, then distil through rounding where that is asked."""
+    """Distil, then distil through rounding where that is asked; the example proves an adapter's merge."""
     from host_trainer.adapter import adapted
     from host_trainer.loop import TrainSettings, fit
     from host_trainer.rounding import rounded
 
     settings = config.recover
-    example = next(batches.epoch(0))
 
     def answer(module: nn.Module) -> Tensor:
         return output_tensors(_call(module, example))[0]
