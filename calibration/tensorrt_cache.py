@@ -14,6 +14,7 @@ from calibration.affine import symmetric_s8
 from calibration.errors import CalibrationError
 from calibration.fp16 import MAX_FP16, to_fp16
 from calibration.graph import Index
+from calibration.layouts import COPYING, MERGED
 from calibration.placement import place
 from calibration.prepare import prepare
 from calibration.scales import Scales
@@ -21,6 +22,8 @@ from calibration.storage import Source
 from calibration.targets import TARGETS
 
 ALGORITHM = "EntropyCalibration2"
+#: Operators that TensorRT merges into others, or that move integers as they are.
+_CARRYING = MERGED | COPYING | {"Concat"}
 
 
 def write_cache(model: Source, scales: Scales, tensorrt: tuple[int, int, int] = (8, 5, 2)) -> str:
@@ -81,17 +84,30 @@ def read_cache(text: str) -> dict[str, float]:
 def layer_precisions(model: Source, scales: Scales, *, exclude: Collection[str] = ()) -> Mapping[str, str]:
     """The precision of each operator of the prepared model: ``int8``, ``fp16`` or ``fp32``.
 
-    The linear operators that the Q/DQ graph for TensorRT quantizes are int8 here too; the others are fp16
-    where their values fit, by the same guard as ``to_fp16``.
+    The operators that the Q/DQ graph for TensorRT quantizes are int8 here too, and so is what only carries
+    their integers: a ReLU that was held to fp16 would keep the convolution before it from ending in int8,
+    and so all of the network in fp16. The others are fp16 where their values fit, by the same guard as
+    ``to_fp16``.
     """
     prepared = prepare(model)
     placement = place(prepared, TARGETS["tensorrt"], exclude)
     _, report = to_fp16(prepared, scales)
-    in_int8 = placement.quantized | placement.joined
+    in_int8 = placement.quantized | placement.joined | _carriers(Index(prepared), placement.tensors)
     return {
         node.name: "int8" if node.name in in_int8 else "fp32" if node.name in report.kept else "fp16"
         for node in prepared.graph.node
     }
+
+
+def _carriers(index: Index, quantized: Collection[str]) -> frozenset[str]:
+    """Names of the activations and copying operators whose result is quantized, there or further on."""
+    carriers, tensors = set(), list(quantized)
+    while tensors:
+        node = index.producer.get(tensors.pop())
+        if node is not None and node.op_type in _CARRYING and node.name not in carriers:
+            carriers.add(node.name)
+            tensors.extend(node.input if node.op_type == "Concat" else node.input[:1])
+    return frozenset(carriers)
 
 
 def _malformed(why: str) -> CalibrationError:

@@ -13,11 +13,11 @@ from typing import Any, Callable, Dict
 
 import numpy as np
 
-from agent_models import _entry, error
+from agent_models import add_engine, error, file_entry
 from agent_process import Agent, seed_timings
 from device_agent.engines import cuda
 from device_agent.errors import AgentError
-from device_agent.manifest import MANIFEST_NAME, EngineEntry, dumps, read
+from device_agent.manifest import MANIFEST_NAME, dumps, read
 
 _HOG = """
 import sys
@@ -129,12 +129,7 @@ def _first_start(bench: Any, root: Path) -> Dict[str, Any]:
 
 def _with_engine(bench: Any, root: Path, data: bytes, **fingerprint: str) -> Agent:
     """A bundle with a prebuilt engine, and one to build."""
-    bundle = bench.models["digits"].bundle(root / "bundle", "fp16")
-    (bundle / "prebuilt.engine").write_bytes(data)
-    manifest, _ = read(bundle)
-    entry = EngineEntry("tensorrt", "prebuilt.engine", "fp16", fingerprint)
-    files = (*manifest.files, _entry(bundle / "prebuilt.engine"))
-    (bundle / MANIFEST_NAME).write_bytes(dumps(replace(manifest, engines=(entry,), files=files)))
+    bundle = add_engine(bench.models["digits"].bundle(root / "bundle", "fp16"), data, fingerprint)
     seed_timings(root / "state", bench.work / "timing.cache")
     agent = Agent(root).start()
     agent.install(bundle)
@@ -180,7 +175,7 @@ def _wrong_golden(bench: Any, root: Path) -> Dict[str, Any]:
     outputs = {model.output: model.reference[:8] + np.float32(3.0)}
     np.savez(str(bundle / "golden_outputs.npz"), **outputs)
     files = tuple(
-        _entry(bundle / entry.path) if entry.path == "golden_outputs.npz" else entry
+        file_entry(bundle / entry.path) if entry.path == "golden_outputs.npz" else entry
         for entry in manifest.files
     )
     (bundle / MANIFEST_NAME).write_bytes(dumps(replace(manifest, files=files)))

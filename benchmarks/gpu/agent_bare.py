@@ -28,13 +28,13 @@ class Bare:
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         mode = trt.TensorIOMode.INPUT
         self._inputs = [n for n in names if self._engine.get_tensor_mode(n) == mode]
-        self._output = next(n for n in names if n not in self._inputs)
+        self._outputs = [n for n in names if n not in self._inputs]
         self._shapes: Any = None
         self._host: Dict[str, Any] = {}
         self._device: Dict[str, Any] = {}
         self._cuda.pop()
 
-    def run(self, inputs: Dict[str, np.ndarray]) -> np.ndarray:
+    def run(self, inputs: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
         """Copy in, run, copy out, wait."""
         self._cuda.push()
         shapes = [inputs[name].shape for name in self._inputs]
@@ -45,11 +45,12 @@ class Bare:
             cuda.memcpy_htod_async(self._device[name], self._host[name], self._stream)
         if not self._context.execute_async_v3(self._stream.handle):
             raise RuntimeError("execute_async_v3 failed")
-        cuda.memcpy_dtoh_async(self._host[self._output], self._device[self._output], self._stream)
+        for name in self._outputs:
+            cuda.memcpy_dtoh_async(self._host[name], self._device[name], self._stream)
         self._stream.synchronize()
-        output: np.ndarray = self._host[self._output].copy()
+        outputs = {name: self._host[name].copy() for name in self._outputs}
         self._cuda.pop()
-        return output
+        return outputs
 
     def timed(self) -> float:
         """Milliseconds of the layers alone, by events, in the shapes of the last run."""
@@ -73,7 +74,7 @@ class Bare:
     def _allocate(self, inputs: Dict[str, np.ndarray], shapes: Any) -> None:
         for name in self._inputs:
             self._context.set_input_shape(name, inputs[name].shape)
-        for name in [*self._inputs, self._output]:
+        for name in [*self._inputs, *self._outputs]:
             shape: Any = tuple(cast(Any, self._context.get_tensor_shape(name)))
             dtype = _TYPES[self._engine.get_tensor_dtype(name)]
             self._host[name] = cuda.pagelocked_empty(shape, dtype)

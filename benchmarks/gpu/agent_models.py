@@ -16,6 +16,7 @@ from device_agent.manifest import (
     MANIFEST_NAME,
     Contract,
     EngineBuild,
+    EngineEntry,
     FileEntry,
     Golden,
     Manifest,
@@ -23,6 +24,7 @@ from device_agent.manifest import (
     TensorSpec,
     Tolerance,
     dumps,
+    read,
 )
 
 Array = np.ndarray
@@ -49,7 +51,8 @@ class Model:
         directory: with its graphs, whole.
         inputs: samples to test with, by name.
         inputs_specs, outputs_specs: as a manifest states them.
-        reference: ONNX Runtime's float outputs of the samples.
+        references: ONNX Runtime's float outputs of the samples, by name.
+        output, reference: the first of them.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -59,13 +62,13 @@ class Model:
         self.inputs = _samples(directory)
         self.inputs_specs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs_specs = tuple(_spec(node) for node in session.get_outputs())
+        self.references = _run(session, self.inputs)
         self.output = self.outputs_specs[0].name
-        self.reference: Array = session.run(None, self.inputs)[0]
+        self.reference = self.references[self.output]
 
-    def simulated(self) -> Array:
+    def simulated(self) -> Arrays:
         """ONNX Runtime's outputs of the Q/DQ graph: the integers computed on the CPU."""
-        outputs: Array = _session(self.directory / "qdq.onnx").run(None, self.inputs)[0]
-        return outputs
+        return _run(_session(self.directory / "qdq.onnx"), self.inputs)
 
     def batch(self, rows: int) -> Arrays:
         """That many samples, repeated where there are fewer."""
@@ -114,7 +117,7 @@ class Model:
             inputs=self.inputs_specs,
             outputs=self.outputs_specs,
             max_batch_size=MAX_BATCH,
-            files=tuple(_entry(path) for path in sorted(directory.iterdir())),
+            files=tuple(file_entry(path) for path in sorted(directory.iterdir())),
             engines=(),
             golden=Golden("golden_inputs.npz", "golden_outputs.npz", {self.output: Tolerance(allowed, 0.0)}),
             contract=Contract(),
@@ -122,6 +125,16 @@ class Model:
         )
         (directory / MANIFEST_NAME).write_bytes(dumps(replace(manifest, **changes)))
         return directory
+
+
+def add_engine(bundle: Path, data: bytes, fingerprint: Dict[str, str]) -> Path:
+    """Put an fp16 engine that claims this fingerprint into a bundle."""
+    (bundle / "prebuilt.engine").write_bytes(data)
+    manifest, _ = read(bundle)
+    entry = EngineEntry("tensorrt", "prebuilt.engine", "fp16", fingerprint)
+    files = (*manifest.files, file_entry(bundle / "prebuilt.engine"))
+    (bundle / MANIFEST_NAME).write_bytes(dumps(replace(manifest, engines=(entry,), files=files)))
+    return bundle
 
 
 def unpack(source: Path, target: Path) -> None:
@@ -149,6 +162,16 @@ def error(got: Array, want: Array) -> Dict[str, float]:
     }
 
 
+def worst_error(got: Arrays, want: Arrays) -> Dict[str, float]:
+    """The error of the output that is furthest off."""
+    return max((error(got[name], want[name]) for name in want), key=lambda found: found["largest"])
+
+
+def _run(session: Any, inputs: Arrays) -> Arrays:
+    names = [node.name for node in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs)))
+
+
 def _samples(directory: Path) -> Arrays:
     path = directory / "samples.npz"
     if not path.exists():  # images of noise, as the weights are
@@ -165,7 +188,8 @@ def _spec(node: Any) -> TensorSpec:
     return TensorSpec(node.name, _TYPES[node.type], (-1, *(int(size) for size in node.shape[1:])))
 
 
-def _entry(path: Path) -> FileEntry:
+def file_entry(path: Path) -> FileEntry:
+    """Of a manifest."""
     data = path.read_bytes()
     return FileEntry(path.name, hashlib.sha256(data).hexdigest(), len(data))
 

@@ -1,11 +1,13 @@
 """ONNX Runtime's CUDA provider through the agent's own engine: what one would serve with without TensorRT.
 
 Beside it, the same session bound to memory on the GPU, which turned out to be slower for tensors that come
-from the host and go back there.
+from the host and go back there. Then, as ``agent_tensorrt.py`` does, the requests a second that the agent
+answers with dynamic batching and without.
 
-    python3 benchmarks/gpu/agent_onnxruntime.py MODELS --json FILE
+    python3 benchmarks/gpu/agent_onnxruntime.py MODELS --json FILE [--only NAME ...]
 
-MODELS comes from ``agent_prepare.py``. Needs onnxruntime-gpu with its CUDA and cuDNN; any Python.
+MODELS comes from ``agent_prepare.py``. Needs onnxruntime-gpu with its CUDA and cuDNN, which the agent
+finds by ``LD_LIBRARY_PATH``; any Python.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import numpy as np  # noqa: E402
 import onnxruntime  # noqa: E402
 
-from agent_models import Model, error, interleaved, unpack  # noqa: E402
+from agent_models import Model, interleaved, unpack, worst_error  # noqa: E402
+from agent_process import Agent  # noqa: E402
 from device_agent.engines import onnxruntime as runtime  # noqa: E402
 from device_agent.engines.base import EngineSettings  # noqa: E402
 
@@ -37,12 +40,15 @@ def main() -> None:
     parser.add_argument("models", type=Path)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("agent-onnxruntime-work"))
+    parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--rounds", type=int, default=200)
     options = parser.parse_args()
     if hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
-    figures = {}
+    figures: Dict[str, Any] = {}
     for path in sorted(path for path in options.models.iterdir() if path.is_dir()):
+        if options.only and path.name not in options.only:
+            continue
         directory = options.work / path.name
         unpack(path, directory)
         model = Model(directory)
@@ -50,15 +56,34 @@ def main() -> None:
             figures[f"{path.name} {precision}"] = _figures(model, directory / graph, options.rounds)
             print(path.name, precision, figures[f"{path.name} {precision}"], flush=True)
             options.json.write_text(json.dumps(_document(figures, options.rounds), indent=1))
+        if path.name == "deep":
+            figures["serving"] = _serving(model, options.work.resolve() / "serving")
+            options.json.write_text(json.dumps(_document(figures, options.rounds), indent=1))
+
+
+def _serving(model: Model, work: Path) -> Dict[str, Any]:
+    """Dynamic batching over HTTP, of the graph in half precision."""
+    from agent_serving import run
+
+    half = (model.directory / "half.onnx").read_bytes()
+    (model.directory / "model.onnx").write_bytes(half)  # what a bundle is made of; the reference is float
+
+    def start(root: Path, **changes: Any) -> Agent:
+        agent = Agent(root).start()
+        agent.install(model.bundle(root / "bundle", "fp16", builds=(), **changes))
+        print(agent.status()["engine"], flush=True)
+        return agent
+
+    return run(start, model.inputs, work, quick=False)
 
 
 def _figures(model: Model, graph: Path, rounds: int) -> Dict[str, Any]:
     engine = runtime.open_graph(graph, EngineSettings())
     session = onnxruntime.InferenceSession(str(graph), providers=["CUDAExecutionProvider"])
-    bound = BoundRuns(session, list(model.inputs), [model.output])
+    bound = BoundRuns(session, list(model.inputs), list(model.references))
     found: Dict[str, Any] = {
         "providers": session.get_providers(),
-        **error(engine.run(model.inputs)[model.output], model.reference),
+        **worst_error(engine.run(model.inputs), model.references),
     }
     for rows in BATCHES:
         inputs = model.batch(rows)

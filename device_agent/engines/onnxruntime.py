@@ -65,19 +65,28 @@ def fingerprint() -> Mapping[str, str]:
     Returns:
         ``version``, and ``provider``: ``cuda`` or ``cpu``.
     """
-    provider = "cuda" if _CUDA in _providers() else "cpu"
+    provider = "cuda" if _on_gpu() else "cpu"
     return {"version": onnxruntime.__version__, "provider": provider}
 
 
-def _providers() -> List[str]:
-    """What a session should run on, in order of preference; what CUDA cannot run falls to the CPU."""
+def _on_gpu() -> bool:
     if _CUDA not in onnxruntime.get_available_providers():
-        return [_CPU]
+        return False
     try:
         cuda.device()
     except CudaError:  # the package is here and a GPU is not
-        return [_CPU]
-    return [_CUDA, _CPU]
+        return False
+    return True
+
+
+def _providers() -> List[Any]:
+    """What a session should run on, in order of preference; what CUDA cannot run falls to the CPU.
+
+    cuDNN chooses kernels by its heuristics and not by trying all, ONNX Runtime's default: that search comes
+    again with every new size of a batch, for each convolution, while requests wait
+    (microsoft/onnxruntime#19838).
+    """
+    return [(_CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}), _CPU] if _on_gpu() else [_CPU]
 
 
 def open_graph(path: Path, settings: EngineSettings) -> Engine:
@@ -102,7 +111,7 @@ def open_graph(path: Path, settings: EngineSettings) -> Engine:
         ) from error
 
 
-def exact_session(path: Path, options: Any, providers: List[str]) -> Any:
+def exact_session(path: Path, options: Any, providers: List[Any]) -> Any:
     """A session whose 8-bit products do not saturate.
 
     x86 processors without VNNI add two u8 x s8 products in 16 bits. ONNX Runtime can take other kernels there

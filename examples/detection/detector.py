@@ -67,8 +67,8 @@ class Detector(nn.Module):
         self.join = nn.Sequential(Unit(eighth + sixteenth, _NECK, 1), Unit(_NECK, _NECK, 3))
         self.classify = nn.Sequential(Unit(_NECK, _NECK, 3), nn.Conv2d(_NECK, CLASSES, 1))
         self.locate = nn.Sequential(Unit(_NECK, _NECK, 3), nn.Conv2d(_NECK, 4, 1))
-        nn.init.constant_(self.classify[-1].bias, _RARE)
-        nn.init.ones_(self.locate[-1].bias)
+        nn.init.constant_(self.classify.get_parameter("1.bias"), _RARE)
+        nn.init.ones_(self.locate.get_parameter("1.bias"))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Raw heads of images [batch, 3, PIXELS, PIXELS].

@@ -58,7 +58,7 @@ def _batches(data: Batch, seed: int) -> Callable[[int], Iterator[Batch]]:
 
     def epoch(number: int) -> Iterator[Batch]:
         order = torch.from_numpy(np.random.default_rng((seed, number)).permutation(len(images)))
-        for chosen in order[: len(order) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE):
+        for chosen in torch.split(order[: len(order) // BATCH_SIZE * BATCH_SIZE], BATCH_SIZE):
             yield images[chosen], boxes[chosen]
 
     return epoch
@@ -83,7 +83,8 @@ def detection_loss(model: nn.Module, batch: Batch) -> Tensor:
     quality[image, cell_class[positive], cell] = iou.detach()
     miss = (quality - logits.sigmoid()).abs().square()
     classes = (miss * F.binary_cross_entropy_with_logits(logits, quality, reduction="none")).sum() / count
-    return classes + _BOX_WEIGHT * (1 - generalized).sum() / count
+    loss: Tensor = classes + _BOX_WEIGHT * (1 - generalized).sum() / count
+    return loss
 
 
 def _centres() -> Tensor:

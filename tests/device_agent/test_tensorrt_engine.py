@@ -13,7 +13,7 @@ from onnx import helper
 
 from agent_testing import linear, make_model, session_of
 from device_agent import engines
-from device_agent.engines import cuda
+from device_agent.engines import cuda, tensorrt_libraries
 from device_agent.engines.base import EngineError, EngineSettings, InputError
 from device_agent.engines.source import EngineSource
 from device_agent.engines.tensorrt_build import build_engine
@@ -102,6 +102,25 @@ def test_where_cublas_and_cudnn_are_missing_nothing_asks_for_them(
     said = " ".join(trt.calls)
     assert ("DISABLE_EXTERNAL_TACTIC_SOURCES" in said) == alone
     assert ("set_tactic_sources" in said) == (sources is not None)
+
+
+@pytest.mark.parametrize("cuda_major", ["11", "12"])
+def test_cublas_is_found_by_its_name_in_either_cuda(
+    load_double: Load, monkeypatch: pytest.MonkeyPatch, cuda_major: str
+) -> None:
+    """JetPack 5 has cuBLAS 11, JetPack 6.0's TensorRT 8.6 cuBLAS 12: its kernels are tried on both."""
+    version = type("Version", (), {"__call__": lambda self: 120_000})
+    library = type("Library", (), {"cublasGetCudartVersion": version(), "cublasLtGetVersion": version()})
+
+    def load(name: str) -> Any:
+        if name not in (f"libcublas.so.{cuda_major}", f"libcublasLt.so.{cuda_major}"):
+            raise OSError(f"{name}: cannot open shared object file")
+        return library()
+
+    trt = load_double("version=8.6.2")
+    monkeypatch.setattr(tensorrt_libraries.ctypes, "CDLL", load)
+    own = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
+    assert tensorrt_libraries.tactic_sources(trt) == (*own, "CUBLAS", "CUBLAS_LT")
 
 
 @pytest.mark.parametrize("words", ["", "no-graphs", "integrated"])
