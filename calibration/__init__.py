@@ -9,7 +9,7 @@ int8 = quantize(model, scales).model
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from calibration.errors import CalibrationError
+from calibration.errors import CalibrationError, NothingToQuantize
 from calibration.prepare import prepare
 from calibration.runner import calibrate, calibrate_each
 from calibration.scales import Scales, TensorRange, load
@@ -43,6 +43,7 @@ __all__ = [
     "Choice",
     "Fp16Report",
     "LayerSensitivity",
+    "NothingToQuantize",
     "Options",
     "ProgressBar",
     "Protected",

@@ -20,3 +20,7 @@ class CalibrationError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n{self.why}\n{self.fix}"
+
+
+class NothingToQuantize(CalibrationError):
+    """The model has no operator that could be computed in integers."""

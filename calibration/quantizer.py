@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from onnx import ModelProto
 
-from calibration.errors import CalibrationError
+from calibration.errors import CalibrationError, NothingToQuantize
 from calibration.fp16 import halve
 from calibration.graph import LINEAR
 from calibration.layouts import Placement
@@ -79,8 +79,9 @@ def quantize(
         weight_bits: 8, or 7 for x86 processors without VNNI, whose 16-bit sums would saturate.
 
     Raises:
-        CalibrationError: nothing can be quantized, the scales are of another model, ``exclude`` or
-            ``target`` or ``weight_bits`` is unknown, or the model is quantized already.
+        NothingToQuantize: every operator has to stay in float.
+        CalibrationError: the scales are of another model, ``exclude`` or ``target`` or ``weight_bits`` is
+            unknown, or the model is quantized already.
     """
     if weight_bits not in WEIGHT_LEVELS:
         raise CalibrationError(
@@ -103,7 +104,7 @@ def quantize(
 def _check(placement: Placement, scales: Scales) -> None:
     if not placement.quantized:
         reasons = sorted({f"{name}: {reason}" for name, reason in placement.kept_float.items()})
-        raise CalibrationError(
+        raise NothingToQuantize(
             "nothing in the model can be quantized",
             "; ".join(reasons[:3]) or f"it has none of {', '.join(sorted(LINEAR))}",
             "keep the model in float; INT8 would only rename it",

@@ -303,6 +303,7 @@ def _not_measured(prepared: Prepared, found: search.Found) -> dict[str, str]:
         why["latency_ms"] = f"measured on {where} with ONNX Runtime, not on a {prepared.profile.name}"
     if _runs_on_dla(prepared):
         why["latency_predicted_ms"] = "the profile's peaks are those of the GPU, and it asks for its DLA"
+    why |= {step: reason for one in found.tried for step, reason in one.ran.impossible.items()}
     if any(record.peak_rss_bytes is None for record in found.records):
         why["stages.peak_rss_bytes"] = "the kernel does not let a process reset its memory high-water mark"
     return why

@@ -40,6 +40,10 @@ class BadInput(EdgekitError):
     exit_code = 2
 
 
+class NotPossible(BadInput):
+    """This model cannot be made so; where it was one way among several, the others remain."""
+
+
 class ContractUnmet(EdgekitError):
     """The contract was not met; the best candidate and the reason were written."""
 

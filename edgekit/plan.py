@@ -46,6 +46,7 @@ class Step:
         inputs: role -> name of the step that makes it.
         key: of the artifact.
         profile: whose device it is for, where that is not the plan's own.
+        optional: whether the plan has other ways where this step is not possible.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Step:
     inputs: Mapping[str, str]
     key: str
     profile: Profile | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Plan:
     Attributes:
         steps: all of them.
         original: name of the step that builds the unchanged model's engine.
-        candidates: precision -> (name of the engine's step, name of its measurement's step).
+        candidates: precision -> (name of the engine's step, name of its measurement's step). A run of the
+            plan may be without some of them; the last one never depends on an optional step.
         targets: precision -> names of the steps that build for further profiles.
         size: largest share of parameters to keep; 1.0: no pruning.
         metric: what is measured.
@@ -116,7 +119,8 @@ def make_plan(
     for precision in precisions:
         graph = exported
         if precision != "fp32":
-            graph = _quantized(builder, precision, recipe, metric, original, exported, keep_float)
+            optional = precision != precisions[-1]
+            graph = _quantized(builder, precision, recipe, metric, original, exported, keep_float, optional)
         inputs = {"graph": graph, "plain": exported}
         engine = builder.add(f"build.{precision}", "build", build, inputs)
         targets[precision] = tuple(
@@ -192,11 +196,14 @@ def _quantized(
     original: str,
     exported: str,
     keep_float: bool,
+    optional: bool,
 ) -> str:
     """Add the step that makes a graph in another precision; INT8 is told what it may lose of the metric."""
     if precision != "int8":
         config: dict[str, Any] = {"precision": precision, "quantize": None, "bound": None}
-        return builder.add(f"quantize.{precision}", "quantize", config, {"graph": exported})
+        return builder.add(
+            f"quantize.{precision}", "quantize", config, {"graph": exported}, optional=optional
+        )
     bound = None
     if recipe.contract.max_drop is not None:
         bound = {
@@ -211,7 +218,7 @@ def _quantized(
         "keep_float": keep_float,
     }
     inputs = {"graph": exported} if bound is None else {"graph": exported, "original": original}
-    return builder.add("quantize.int8", "quantize", config, inputs)
+    return builder.add("quantize.int8", "quantize", config, inputs, optional=optional)
 
 
 class _Builder:
@@ -232,6 +239,7 @@ class _Builder:
         config: Mapping[str, Any],
         inputs: Mapping[str, str],
         profile: Profile | None = None,
+        optional: bool = False,
     ) -> str:
         stage = STAGES[stage_name]
         for role, source in inputs.items():
@@ -240,7 +248,7 @@ class _Builder:
                 raise ValueError(f"{name}: {stage_name} does not take {kind!r} as {role!r}")
         plain = validate_config(stage, config).model_dump(mode="json")
         key = self._key(stage, plain, inputs, profile or self._profile)
-        step = Step(name, stage, plain, inputs, key, profile)
+        step = Step(name, stage, plain, inputs, key, profile, optional)
         self.steps.append(step)
         self._made[name] = step
         return name

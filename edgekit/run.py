@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit.artifact import Artifact, Store
+from edgekit.errors import NotPossible
 from edgekit.measure.memory import peak_rss
 from edgekit.plan import Plan, Step
 from edgekit.profile import Profile
@@ -37,10 +38,18 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Ran:
-    """A plan that was carried out: artifacts by step name, and what each step cost."""
+    """A plan that was carried out.
+
+    Attributes:
+        artifacts: by step name.
+        records: what each step cost.
+        impossible: optional steps that this model does not allow -> why. They have no artifact, nor have
+            those that follow from them.
+    """
 
     artifacts: Mapping[str, Artifact]
     records: tuple[StageRecord, ...]
+    impossible: Mapping[str, str]
 
 
 class Progress:
@@ -63,19 +72,28 @@ def run_plan(plan: Plan, sources: Sources, profile: Profile, store: Store, progr
         EdgekitError: from a stage. What earlier steps made stays in the store.
     """
     artifacts: dict[str, Artifact] = {}
+    impossible: dict[str, str] = {}
     records = []
     for step in plan.steps:
+        if any(name not in artifacts for name in step.inputs.values()):
+            continue
         progress.begin(step.name)
         begin = time.perf_counter()
         with peak_rss() as peak:
             artifact = store.get(step.key)
             cached = artifact is not None
             if artifact is None:
-                artifact = _make(step, artifacts, sources, step.profile or profile, store, progress.tick)
-        artifacts[step.name] = artifact
+                try:
+                    artifact = _make(step, artifacts, sources, step.profile or profile, store, progress.tick)
+                except NotPossible as error:
+                    if not step.optional:
+                        raise
+                    impossible[step.name] = f"{error.what}: {error.why}"
+        if artifact is not None:
+            artifacts[step.name] = artifact
         records.append(StageRecord(step.name, time.perf_counter() - begin, cached, peak()))
         progress.end(records[-1])
-    return Ran(artifacts, tuple(records))
+    return Ran(artifacts, tuple(records), impossible)
 
 
 def _make(

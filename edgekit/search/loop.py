@@ -150,8 +150,8 @@ class Worker:
             probe = Trial(f"{trial.name}, probe {number}", {**trial.changes, **_PROBE})
             probed = self._run(probe, share)
             fastest_ms = min(
-                probed.ran.artifacts[measured].metadata["latency_ms"]["candidate"][bound.quantile]
-                for _, measured in probed.plan.candidates.values()
+                probed.measurement(precision).metadata["latency_ms"]["candidate"][bound.quantile]
+                for precision in probed.precisions
             )
             left = 1.0
             if probed.plan.pruned:

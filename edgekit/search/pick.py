@@ -31,6 +31,17 @@ class Tried:
     plan: Plan
     ran: Ran
 
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Those that this model could be made in, in the order of preference."""
+        return tuple(
+            precision for precision, (_, name) in self.plan.candidates.items() if name in self.ran.artifacts
+        )
+
+    def measurement(self, precision: str) -> Artifact:
+        """Of the candidate in one of these."""
+        return self.ran.artifacts[self.plan.candidates[precision][1]]
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -89,7 +100,7 @@ def pick(tried: Sequence[Tried], contract: Contract, profile: Profile, device: D
     candidates = [
         _candidate(one, precision, contract, profile, on_target)
         for one in tried
-        for precision in one.plan.candidates
+        for precision in one.precisions
     ]
     chosen = _best(candidates)
     judged = tuple(_with_reason(candidate, chosen) for candidate in candidates)
@@ -138,7 +149,8 @@ def _baseline(first: Tried, chosen: Candidate) -> dict[str, Any]:
 def _candidate(
     tried: Tried, precision: str, contract: Contract, profile: Profile, on_target: bool
 ) -> Candidate:
-    engine, measurement = (tried.ran.artifacts[name] for name in tried.plan.candidates[precision])
+    engine = tried.ran.artifacts[tried.plan.candidates[precision][0]]
+    measurement = tried.measurement(precision)
     original = tried.ran.artifacts["export.original"].metadata
     graph = tried.ran.artifacts.get("export.pruned", tried.ran.artifacts["export.original"]).metadata
     quantized = tried.ran.artifacts.get(f"quantize.{precision}")

@@ -93,7 +93,14 @@ def _take_over(model: Model, path: Path, profile: Profile) -> dict[str, Any]:
             "export the model again with a lower opset",
         )
     onnx.save(graph, str(path))
-    return graph_facts.read(path, model.example(1)).as_json()
+    facts = graph_facts.read(path, model.example(1))
+    if not facts.params:
+        raise BadInput(
+            f"the ONNX model {model.name} has no parameters",
+            "there is nothing in it that could be made smaller",
+            "give the model with its weights, not a graph that only prepares data",
+        )
+    return facts.as_json()
 
 
 def export_module(module: nn.Module, model: Model, opset: int, path: Path) -> tuple[str, str | None]:

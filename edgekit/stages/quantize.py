@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from edgekit.data import Dataset
-from edgekit.errors import BadInput
+from edgekit.errors import BadInput, NotPossible
 from edgekit.measure import graph as graph_facts
 from edgekit.measure.drop import Bound, Judge, can_judge, keep_within
 from edgekit.profile import Profile
@@ -57,11 +57,12 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     """Write the graph, and for INT8 the scales that it was made from.
 
     Raises:
-        BadInput: the calibration data does not suit the model, or nothing in the graph can be converted.
+        NotPossible: nothing in the graph can be computed in integers.
+        BadInput: the calibration data does not suit the model.
     """
     import onnx
 
-    from calibration import CalibrationError
+    from calibration import CalibrationError, NothingToQuantize
 
     graph = onnx.load(str(inputs.artifacts["graph"].path / GRAPH_FILE))
     try:
@@ -69,6 +70,8 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
             converted, metadata = _to_fp16(graph, inputs)
         else:
             converted, metadata = _to_int8(graph, inputs, config, profile, out)
+    except NothingToQuantize as error:
+        raise NotPossible(error.what, error.why, "choose --precision auto, fp16 or fp32") from error
     except CalibrationError as error:
         raise BadInput(error.what, error.why, error.fix) from error
     graph_facts.strip(converted)

@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 from conftest import Compressed
 from host_testing import HERE, RECIPE, Forker, TinyModel, assert_three_lines
+from onnx import TensorProto, helper, numpy_helper
 
 from calibration.session import exact_session
 from calibration.tensorrt_cache import read_cache
@@ -522,3 +523,48 @@ def test_an_onnx_file_is_quantized_without_pruning(
     assert [stage["name"] for stage in document["stages"]] == [
         "export.original", "build.original", "quantize.int8", "build.int8", "verify.int8",
     ]  # fmt: skip
+
+
+def _without_products(path: Path, *, parameters: bool) -> Path:
+    """A graph that has nothing to compute in integers."""
+    inputs = [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 1, 8, 8])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8])]
+    weight = numpy_helper.from_array(np.linspace(1, 2, 8, dtype=np.float32), "w")
+    nodes = [
+        helper.make_node("ReduceMax", ["image"], ["row"], axes=[1, 2], keepdims=0),
+        helper.make_node("Mul", ["row", "w" if parameters else "row"], ["y"], name="scale"),
+    ]
+    graph = helper.make_graph(nodes, "maxima", inputs, outputs, [weight] if parameters else [])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("precision", "parameters", "refused"),
+    [
+        ("auto", True, ""),
+        ("int8", True, "nothing in the model can be quantized"),
+        ("auto", False, "has no parameters"),
+    ],
+)
+def test_a_model_without_anything_to_quantize_stays_in_float(
+    tiny: TinyModel, forked: Forker, tmp_path: Path, precision: str, parameters: bool, refused: str
+) -> None:
+    """``--precision auto`` does what is possible and says why INT8 is not; ``int8`` alone is refused."""
+    given = _without_products(tmp_path / "given.onnx", parameters=parameters)
+    argv = tiny.compress_argv(
+        tmp_path / "work", tmp_path / "out", model=given, weights=None, precision=precision
+    )
+    result = forked.run(*argv, cwd=tiny.home)
+    if refused:
+        assert result.code == 2
+        assert refused in result.err
+        return
+    assert result.code in (0, 3), result.err
+    document = result.json()
+    jsonschema.validate(document, SCHEMA)
+    assert "nothing in the model can be quantized" in document["why"]["quantize.int8"]
+    assert {candidate["precision"] for candidate in document["candidates"]} == {"fp16", "fp32"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "No int8: nothing in the model can be quantized" in page

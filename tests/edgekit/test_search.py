@@ -68,7 +68,7 @@ def _ran(
         )
         candidates[precision] = (f"build.{precision}", f"verify.{precision}")
     targets: dict[str, tuple[str, ...]] = dict.fromkeys(candidates, ())
-    return Plan((), "build.original", candidates, targets, 0.35, "top1"), Ran(artifacts, ())
+    return Plan((), "build.original", candidates, targets, 0.35, "top1"), Ran(artifacts, (), {})
 
 
 def _pick(
