@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from onnx import ModelProto
 
-from calibration.errors import CalibrationError
+from calibration.errors import CalibrationError, NothingToQuantize
 from calibration.graph import Array, Index
 from calibration.histogram import Extremes, Histogram
 from calibration.instrument import Instrument
@@ -39,6 +39,9 @@ class Probe:
         max_memory_bytes: how much the tensors of one row that leave the model at once may take; where they
             need more, the row runs several times, and a slice of them leaves it each time.
 
+    Raises:
+        NothingToQuantize: no activation is float32.
+
     Attributes:
         collected: what is known of each float activation.
         merged: the tensors that only a ReLU or Clip reads, each with the tensor whose range it takes.
@@ -57,6 +60,12 @@ class Probe:
             for name in (*_inputs(model), *produced)
             if index.is_float_activation(name) and name not in self.merged
         ]
+        if not floats:
+            raise NothingToQuantize(
+                "the model has no float32 activations",
+                "ranges are taken of those; it may be in half precision already",
+                "export it in float32",
+            )
         histograms = critical if needs_values else frozenset()
         self._histograms = {name: Histogram() for name in floats if name in histograms}
         self.collected: dict[str, Collected] = {

@@ -59,6 +59,7 @@ def calibrate(
         Ranges by tensor name, and the multiply-accumulates of each operator.
 
     Raises:
+        NothingToQuantize: no activation is float32.
         CalibrationError: no samples, a sample that does not fit the model, NaN or infinity in a tensor
             that would be quantized (the tensor and the sample are named), or a model that is quantized
             already.

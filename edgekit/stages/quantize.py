@@ -57,7 +57,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     """Write the graph, and for INT8 the scales that it was made from.
 
     Raises:
-        NotPossible: nothing in the graph can be computed in integers.
+        NotPossible: nothing in the graph can be computed in integers, or nothing is float32.
         BadInput: the calibration data does not suit the model.
     """
     import onnx

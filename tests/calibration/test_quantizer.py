@@ -12,7 +12,7 @@ import pytest
 from graphs import build, make_residual_cnn, run
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from calibration import CalibrationError, Scales, calibrate, prepare, quantize, sqnr_db
+from calibration import CalibrationError, NothingToQuantize, Scales, calibrate, prepare, quantize, sqnr_db
 from calibration.observers import OBSERVERS
 
 
@@ -317,3 +317,19 @@ def test_unknown_settings_are_refused(
     """An unknown target, node or width of weights is refused by name."""
     with pytest.raises(CalibrationError, match=why):
         quantize(residual_cnn, cnn_scales, **settings)  # type: ignore[arg-type]
+
+
+def test_a_model_in_half_precision_has_nothing_to_quantize() -> None:
+    """It is told apart from a broken model, so that callers can go on with it as it is."""
+    half = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Relu", ["x"], ["y"])],
+            "half",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["n", 2])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["n", 2])],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    with pytest.raises(NothingToQuantize, match="no float32 activations"):
+        calibrate(half, [{"x": np.ones((1, 2), np.float16)}])
