@@ -9,13 +9,17 @@ import hashlib
 import importlib
 import re
 import sys
+import sysconfig
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from edgekit.errors import BadInput, nearest
+from edgekit.source_code import closure
 
+_INSTALLED = {Path(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
 _SPEC = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -70,7 +74,22 @@ def load_module(spec: str) -> ModuleType:
 
 
 def source_digest(module: ModuleType) -> str:
-    """SHA-256 of a module's source file; of its name, where it has none (built in, interactive)."""
-    file = getattr(module, "__file__", None)
-    content = Path(file).read_bytes() if file and Path(file).is_file() else module.__name__.encode()
-    return hashlib.sha256(content).hexdigest()
+    """SHA-256 over a module's source and over those of the modules beside it that it has imported.
+
+    What it imports of installed packages is not looked into. A module without a source (built in,
+    interactive) counts by its name.
+    """
+    digest = hashlib.sha256(module.__name__.encode())
+    for name, path in sorted(closure((module.__name__,), partial(_counted, module.__name__)).items()):
+        digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _counted(first: str, name: str) -> Path | None:
+    """The source of a module that was imported, unless it is another one and installed."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    path = Path(file) if file else None
+    if path is None or path.suffix != ".py" or not path.is_file():
+        return None
+    installed = any(path.is_relative_to(place) for place in _INSTALLED)
+    return path if name == first or not installed else None

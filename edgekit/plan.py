@@ -8,7 +8,6 @@ first stage runs, so ``--dry-run`` can say what is there already.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -26,6 +25,7 @@ from edgekit.measure.device import Device
 from edgekit.models import Model
 from edgekit.profile import Profile
 from edgekit.recipe import Contract, Recipe
+from edgekit.source_code import closure
 from edgekit.stages.registry import STAGES, Sources, Stage, validate_config
 
 #: Share of the parameters to keep, where the model can be pruned and nothing else is asked.
@@ -331,21 +331,9 @@ def _size(contract: Contract, sources: Sources) -> float:
 def code_digest(*modules: str) -> str:
     """SHA-256 over the sources of some modules and of every own module that they import, transitively."""
     digest = hashlib.sha256()
-    for name, path in sorted(_closure(modules).items()):
+    for name, path in sorted(closure(modules, _source).items()):
         digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
-
-
-def _closure(modules: tuple[str, ...]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    waiting = list(modules)
-    while waiting:
-        name = waiting.pop()
-        path = _source(name)
-        if name not in found and path is not None:
-            found[name] = path
-            waiting.extend(_imports(path))
-    return found
 
 
 def _source(name: str) -> Path | None:
@@ -356,14 +344,3 @@ def _source(name: str) -> Path | None:
     except ModuleNotFoundError:  # ``from module import function``: the function is no module
         return None
     return Path(spec.origin) if spec is not None and spec.origin is not None else None
-
-
-def _imports(path: Path) -> list[str]:
-    """Every module that a file may import, those inside functions included."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return names

@@ -361,6 +361,21 @@ def test_the_digest_covers_the_source_of_every_layer(project: Path) -> None:
     assert load_model("nets:make", project / "w.safetensors").digest != before
 
 
+def test_the_digest_covers_what_the_factory_imports(project: Path) -> None:
+    """A helper among the user's own files is part of the model, also by a relative import."""
+    (project / "shop").mkdir()
+    (project / "shop" / "__init__.py").write_text("from .sizes import WIDTH\n")
+    (project / "shop" / "sizes.py").write_text("WIDTH = 4\n")
+    (project / "nets.py").write_text(FACTORY + EXAMPLE + "\nfrom shop import WIDTH\n")
+    save_file(load_model("nets:make").module().state_dict(), project / "w.safetensors")
+    before = load_model("nets:make", project / "w.safetensors").digest
+    assert load_model("nets:make", project / "w.safetensors").digest == before
+    (project / "shop" / "sizes.py").write_text("WIDTH = 4  # as before, who knows\n")
+    assert load_model("nets:make", project / "w.safetensors").digest != before
+    for name in ("shop", "shop.sizes"):
+        del sys.modules[name]
+
+
 def test_weights_that_do_not_fit_are_named(project: Path) -> None:
     """A missing, a surplus and a misshapen tensor are each named."""
     state = load_model("nets:make").module().state_dict()

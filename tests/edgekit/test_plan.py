@@ -20,6 +20,7 @@ from edgekit import plan, profile
 from edgekit.errors import BadInput
 from edgekit.plan import Plan, code_digest, make_plan
 from edgekit.recipe import Recipe, load_recipe
+from edgekit.source_code import closure
 from edgekit.stages.registry import STAGES, Sources
 
 X86 = profile.load("x86-cpu")
@@ -235,7 +236,7 @@ def test_code_counts_however_far_down_it_is_imported(package: Path, file: str, c
 def test_the_digest_covers_what_a_stage_really_loads(name: str) -> None:
     """Nothing that a stage's module pulls in by name or import is outside its key."""
     stage = STAGES[name]
-    covered = set(plan._closure((stage.module, *stage.loads)))
+    covered = set(closure((stage.module, *stage.loads), plan._source))
     expected = {
         "staircase": {"edgekit.measure.staircase", "edgekit.measure.roofline"},
         "sensitivity": {"edgekit.pruning.cutting", "edgekit.stages.examined", "host_trainer.losses"},
