@@ -86,15 +86,15 @@ def layer_precisions(model: Source, scales: Scales, *, exclude: Collection[str] 
 
     The operators that the Q/DQ graph for TensorRT quantizes are int8 here too, and so is what only carries
     their integers: a ReLU that was held to fp16 would keep the convolution before it from ending in int8,
-    and so all of the network in fp16. The others are fp16 where their values fit, by the same guard as
-    ``to_fp16``.
+    and so all of the network in fp16. The others are fp16. What does not fit float16, by the guard of
+    ``to_fp16``, is fp32: TensorRT has no scale for it either (see ``write_cache``).
     """
     prepared = prepare(model)
     placement = place(prepared, TARGETS["tensorrt"], exclude)
     _, report = to_fp16(prepared, scales)
     in_int8 = placement.quantized | placement.joined | _carriers(Index(prepared), placement.tensors)
     return {
-        node.name: "int8" if node.name in in_int8 else "fp32" if node.name in report.kept else "fp16"
+        node.name: "fp32" if node.name in report.kept else "int8" if node.name in in_int8 else "fp16"
         for node in prepared.graph.node
     }
 

@@ -174,6 +174,14 @@ def test_what_carries_integers_is_not_held_to_fp16() -> None:
     }
 
 
+def test_what_leaves_float16_is_held_to_fp32(residual_cnn: ModelProto, images: np.ndarray) -> None:
+    """The cache has no scale for such tensors, so their layers must not fall from INT8 to FP16."""
+    scales = calibrate(residual_cnn, [{"image": images * 1e6}])
+    found = layer_precisions(residual_cnn, scales)
+    assert found["stem"] == "fp32"
+    assert "fp16" not in found.values()
+
+
 def test_half_precision_around_int8_keeps_the_integers(
     residual_cnn: ModelProto, cnn_scales: Scales, images: np.ndarray
 ) -> None:
