@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,19 @@ def save_summary(run: Path, summary: Summary) -> None:
     write_json(run / "run.json", asdict(summary))
 
 
+def read_summary(run: Path) -> Summary:
+    """Read ``run.json``.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    document = read_json(run / "run.json")
+    if not isinstance(document.get("state"), str):
+        raise ConfigError(f"{run / 'run.json'} is damaged", "it has no 'state'", "give other run directories")
+    known = {part.name for part in fields(Summary)}
+    return Summary(**{name: value for name, value in document.items() if name in known})
+
+
 def write_json(path: Path, document: Any) -> None:
     """Replace a file, whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -105,8 +118,8 @@ def write_json(path: Path, document: Any) -> None:
     partial.replace(path)
 
 
-def read_json(path: Path) -> Any:
-    """Read a file of a run.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a run: a JSON object.
 
     Raises:
         ConfigError: it is damaged.
@@ -114,9 +127,12 @@ def read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"larger than {_MAX_JSON_BYTES} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError("it holds no JSON object")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read", str(error), "give another run directory") from error
+    return document
 
 
 def _get(document: Any, key: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from host_trainer.errors import ConfigError
-from host_trainer.folder import read_json
+from host_trainer.folder import read_json, read_summary
 from host_trainer.record import last_metrics
 
 
@@ -68,14 +68,14 @@ def _is_run(path: Path) -> bool:
 
 
 def _listed(path: Path, settings: dict[str, Any]) -> Listed:
-    summary = read_json(path / "run.json")
+    summary = read_summary(path)
     git = read_json(path / "environment.json").get("git") or {}
     return Listed(
         run=str(path),
-        state=summary["state"],
-        step=summary["step"],
-        total_steps=summary["total_steps"],
-        seconds=summary["seconds"],
+        state=summary.state,
+        step=summary.step,
+        total_steps=summary.total_steps,
+        seconds=summary.seconds,
         metrics=last_metrics(path),
         revision=git.get("revision"),
         settings=settings,

@@ -108,6 +108,20 @@ def test_a_directory_without_runs_is_said(tmp_path: Path) -> None:
     assert edgekit("runs", cwd=tmp_path).code == 2
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "nonsense"])
+def test_a_damaged_run_is_named(tmp_path: Path, content: str) -> None:
+    """``edgekit runs`` says which file it cannot read, and why."""
+    run = tmp_path / "runs" / "broken"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    (run / "environment.json").write_text("{}")
+    (run / "run.json").write_text(content)
+    result = edgekit("runs", cwd=tmp_path)
+    assert result.code == 2
+    assert len(result.error_lines()) == 3
+    assert "run.json" in result.err
+
+
 def test_ctrl_c_ends_a_run_of_two_processes_with_a_checkpoint(home: Path) -> None:
     """As from a terminal, which tells every process there is, the data workers too: exit code 130."""
     changes = ["run=runs/long", "parallel.processes=2", "optimize.epochs=10000", "data.workers=1"]
