@@ -59,7 +59,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
     model = inputs.sources.model
     path = out / GRAPH_FILE
     if model.kind == "onnx":
-        return {"exporter": "given", "why": None, **_take_over(model, path, profile)}
+        return {"exporter": "given", "why": None, **_take_over(model, config.export.opset, path, profile)}
     module = model.module()
     if "model" in inputs.artifacts:
         module = surgery.load_into(module, inputs.artifacts["model"].path)
@@ -78,7 +78,7 @@ def portable(model: Model, path: Path) -> None:
     export_module(model.module(), model, PREFERRED_OPSET, path)
 
 
-def _take_over(model: Model, path: Path, profile: Profile) -> dict[str, Any]:
+def _take_over(model: Model, wanted: int | None, path: Path, profile: Profile) -> dict[str, Any]:
     """Use an ONNX model as it is, its external data included, in one file."""
     import onnx
 
@@ -91,6 +91,12 @@ def _take_over(model: Model, path: Path, profile: Profile) -> dict[str, Any]:
             f"the ONNX model has opset {opset}",
             f"the profile {profile.name} runs at most opset {profile.highest_opset}",
             "export the model again with a lower opset",
+        )
+    if wanted not in (None, opset):
+        raise BadInput(
+            f"export.opset {wanted} contradicts the model",
+            f"the ONNX model has opset {opset}, and is taken as it is",
+            "leave export.opset out, or export the model again",
         )
     onnx.save(graph, str(path))
     facts = graph_facts.read(path, model.example(1))
