@@ -145,8 +145,8 @@ def _figures(
 
     sequential = statistics.median(disk)
     figures: dict[str, Any] = {
-        "samples_held": count, "sample_read_bytes": size, "workers": WORKERS, "disk_sequential_mb_per_s": sequential,
-        "loader_held_bytes": median("nothing", "held_bytes"),
+        "samples_held": count, "sample_read_bytes": size, "workers": WORKERS,
+        "disk_sequential_mb_per_s": sequential, "loader_held_bytes": median("nothing", "held_bytes"),
     }  # fmt: skip
     growth = {}
     for name in ("files", "shards"):
