@@ -41,6 +41,7 @@ from device_agent.building import process  # noqa: E402
 from device_agent.engines import cuda, open_here  # noqa: E402
 from device_agent.engines.base import EngineError, EngineSettings  # noqa: E402
 from device_agent.engines.source import EngineSource  # noqa: E402
+from device_agent.engines.tensorrt_build import describe_layers  # noqa: E402
 from device_agent.errors import AgentError  # noqa: E402
 
 BATCHES = (1, 8, 32)
@@ -84,6 +85,7 @@ class Bench:
             "layers": about["layers"],
             "constrained": about["constrained"],
             "engine_mb": round(path.stat().st_size / 1e6, 1),
+            "int8_layers": _int8_layers(path),
         }
         path.with_suffix(".json").write_text(json.dumps(built))
         print(name, route, built, flush=True)
@@ -123,6 +125,14 @@ class Bench:
     def rounds(self) -> int:
         """How often a time is measured."""
         return 50 if self.quick else 300
+
+
+def _int8_layers(path: Path) -> str:
+    """How many of an engine's layers take integers, as TensorRT's inspector tells."""
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
+    layers = json.loads(describe_layers(trt, engine))["Layers"]
+    inputs = [json.dumps(layer["Inputs"]) for layer in layers if isinstance(layer, dict)]
+    return f"{sum('INT8' in text.upper() for text in inputs)} of {len(layers)}"
 
 
 def engines(bench: Bench) -> Dict[str, Any]:
