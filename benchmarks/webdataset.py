@@ -32,7 +32,7 @@ from host_trainer.shards.writer import write
 WORKERS = 2
 CLASSES = 10
 #: Number of samples and bytes of each: for memory, and for rates.
-MANY, LARGE = (200_000, 1_000), (20_000, 110_000)
+MANY, LARGE = (100_000, 1_000), (5_000, 110_000)
 SHARD_BYTES = 64 << 20
 BLOCK_BYTES = 4 << 20
 BATCH = 32
