@@ -82,9 +82,8 @@ def _on_gpu() -> bool:
 def _providers() -> List[Any]:
     """What a session should run on, in order of preference; what CUDA cannot run falls to the CPU.
 
-    cuDNN chooses kernels by its heuristics and not by trying all, ONNX Runtime's default: that search comes
-    again with every new size of a batch, for each convolution, while requests wait
-    (microsoft/onnxruntime#19838).
+    cuDNN chooses kernels by its quick heuristics, not with the effort of ONNX Runtime's default: a kernel is
+    chosen again for each convolution when a batch has a new size (microsoft/onnxruntime#19838).
     """
     return [(_CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}), _CPU] if _on_gpu() else [_CPU]
 

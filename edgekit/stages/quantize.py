@@ -71,7 +71,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
         else:
             converted, metadata = _to_int8(graph, inputs, config, profile, out)
     except NothingToQuantize as error:
-        raise NotPossible(error.what, error.why, "choose --precision auto, fp16 or fp32") from error
+        raise NotPossible(error.what, error.why, "choose --precision auto or fp32") from error
     except CalibrationError as error:
         raise BadInput(error.what, error.why, error.fix) from error
     graph_facts.strip(converted)

@@ -65,7 +65,7 @@ def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
 def test_the_gpu_is_used_where_package_and_driver_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the CUDA provider and a driver: the GPU first, the CPU second; without either, the CPU alone.
 
-    On the GPU no kernels are tried out when a batch of a new size comes, which would take seconds.
+    On the GPU kernels are chosen quickly when a batch of a new size comes.
     """
     both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     on_gpu = [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}), "CPUExecutionProvider"]

@@ -200,9 +200,7 @@ def test_a_given_graph_is_taken_over_in_one_file(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="at most opset 13"):
         run_stage("export", EXPORT, sources(given), tmp_path / "third", device)
     own = taken.metadata["opset"]
-    assert (
-        run_stage("export", {"export": {"opset": own}}, sources(given), tmp_path / "fourth").metadata["opset"]
-        == own
-    )
+    same = run_stage("export", {"export": {"opset": own}}, sources(given), tmp_path / "fourth")
+    assert same.metadata["opset"] == own
     with pytest.raises(BadInput, match=f"export.opset {own - 1} contradicts the model"):
         run_stage("export", {"export": {"opset": own - 1}}, sources(given), tmp_path / "fifth")
