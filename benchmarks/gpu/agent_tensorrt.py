@@ -78,7 +78,7 @@ class Bench:
             return path
         job = self.job(name, route)
         began_s = time.monotonic()
-        limits = process.Limits(300.0, lambda: None)
+        limits = process.Limits(900.0, lambda: None)
         about = process.run(job, limits, lambda message: None, threading.Event())
         built = {
             "build_s": round(time.monotonic() - began_s, 1),
