@@ -215,7 +215,12 @@ def latency(bench: Bench) -> Dict[str, Any]:
     """The agent's engine against a bare loop, in turn."""
     return _latency(
         bench,
-        [(name, route) for name in _SERVED if name in bench.models for route in ("fp16", "int8_cache")],
+        [
+            (name, route)
+            for name in _SERVED
+            if name in bench.models
+            for route in ("fp16", "int8_cache", "int8_qdq")
+        ],
     )
 
 

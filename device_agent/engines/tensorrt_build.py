@@ -101,8 +101,18 @@ def read_graph(trt: TensorRt, graph: bytes, path: Optional[str] = None) -> None:
 
 
 def describe_layers(trt: TensorRt, engine: ICudaEngine) -> str:
-    """What TensorRT made of the graph: its layers with their kernels and precisions, as JSON."""
+    """What TensorRT made of the graph: its layers with their kernels and precisions, as JSON.
+
+    Of an engine for several shapes the inspector tells no types before it knows the shapes of a run, which
+    are the usual ones here; that takes the memory of a run.
+    """
     inspector = engine.create_engine_inspector()
+    context = engine.create_execution_context()
+    if context is not None:  # no memory for one: the names are still told
+        for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+            if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+                context.set_input_shape(name, engine.get_tensor_profile_shape(name, 0)[1])
+        inspector.execution_context = context
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 

@@ -142,16 +142,14 @@ def constrain(
 ) -> int:
     """Hold layers to the precisions of their nodes, which the parser names them after."""
     types = {"fp32": trt.float32, "fp16": trt.float16}
+    # A cast's type is its purpose; holding it to another ends the build. 8.5 has no such layer.
+    fixed = {trt.LayerType.CONSTANT, getattr(trt.LayerType, "CAST", trt.LayerType.CONSTANT)}
     constrained = 0
     for number in range(network.num_layers):
         layer = network.get_layer(number)
         wanted = types.get(precisions.get(layer.name, ""))
         outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        if (
-            wanted is None
-            or layer.type == trt.LayerType.CONSTANT
-            or any(x.dtype != trt.float32 for x in outputs)
-        ):
+        if wanted is None or layer.type in fixed or any(x.dtype != trt.float32 for x in outputs):
             continue
         layer.precision = wanted
         for i in range(layer.num_outputs):

@@ -73,7 +73,48 @@ def test_concatenated_tensors_share_a_scale(images: np.ndarray) -> None:
     quantizers = {
         node.input[0]: node.input[1] for node in int8.graph.node if node.op_type == "QuantizeLinear"
     }
-    assert quantizers["a"] == quantizers["ab"]
+    assert quantizers["a"] == quantizers["b"] == quantizers["ab"]
+
+
+def test_a_concat_that_only_int8_reads_joins_integers_alone(images: np.ndarray) -> None:
+    """What was resized in float is quantized before it is joined with int8, to the same values as after it.
+
+    TensorRT 8.5.2 built no engine of the detection example while one side of its Concat was float.
+    """
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Conv", ["image", "w1"], ["a"], name="first"),
+        helper.make_node("Relu", ["a"], ["r"], name="relu"),
+        helper.make_node("MaxPool", ["r"], ["small"], name="pool", kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Resize", ["small", "", "twice"], ["up"], name="resize", mode="nearest"),
+        helper.make_node("Concat", ["r", "up"], ["ab"], name="join", axis=1),
+        helper.make_node("Conv", ["ab", "w2"], ["c"], name="last"),
+        helper.make_node("Conv", ["r", "w3"], ["d"], name="other"),
+    ]
+    model = build(
+        nodes,
+        {"image": (TensorProto.FLOAT, ["n", 3, 8, 8])},
+        {"c": ["n", 2, 8, 8], "d": ["n", 2, 8, 8]},
+        {
+            "w1": rng.normal(0, 1, (4, 3, 1, 1)).astype(np.float32),
+            "w2": rng.normal(0, 1, (2, 8, 1, 1)).astype(np.float32),
+            "w3": rng.normal(0, 1, (2, 4, 1, 1)).astype(np.float32),
+            "twice": np.array([1, 1, 2, 2], np.float32),
+        },
+    )
+    scales = calibrate(model, [{"image": images}])
+    int8 = quantize(model, scales, "tensorrt").model
+    made = producers(int8)
+    (concat,) = (node for node in int8.graph.node if node.op_type == "Concat")
+    pairs = [made[name] for name in (*concat.input, made["ab_quantized"].output[0])]
+    assert [pair.op_type for pair in pairs] == ["DequantizeLinear", "DequantizeLinear", "QuantizeLinear"]
+    assert len({pair.input[1] for pair in pairs}) == 1
+    (up,) = (node for node in int8.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "up")
+    assert made["up"].op_type == "Resize"
+    concat.input[1] = up.input[0]
+    with_pair, without = quantize(model, scales, "tensorrt").model, int8
+    for one, other in zip(run(with_pair, {"image": images}), run(without, {"image": images}), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_outputs_are_close_to_float(residual_cnn: ModelProto, cnn_scales: Scales, images: np.ndarray) -> None:

@@ -16,7 +16,8 @@ from device_agent import engines
 from device_agent.engines import cuda, tensorrt_libraries
 from device_agent.engines.base import EngineError, EngineSettings, InputError
 from device_agent.engines.source import EngineSource
-from device_agent.engines.tensorrt_build import build_engine
+from device_agent.engines.tensorrt_build import build_engine, describe_layers
+from device_agent.engines.tensorrt_config import constrain
 from device_agent.engines.tensorrt_settings import BuildError, BuildSettings
 from device_agent.errors import Refused
 from device_agent.manifest import TensorSpec
@@ -82,6 +83,45 @@ def test_a_dla_that_is_not_there_ends_the_build(load_double: Load) -> None:
     """TensorRT would take the GPU for all of it and say nothing."""
     with pytest.raises(BuildError, match="there is no DLA 2"):
         build_engine(load_double(), linear().SerializeToString(), BuildSettings("fp16", dla_core=2))
+
+
+class _Layer:
+    """A layer of one float output, which remembers what it is held to."""
+
+    num_outputs = 1
+    precision: Any = None
+
+    def __init__(self, trt: Any, name: str, kind: Any) -> None:
+        self.name, self.type, self.held = name, kind, []
+        self._output = type("Tensor", (), {"dtype": trt.float32})()
+
+    def get_output(self, number: int) -> Any:
+        return self._output
+
+    def set_output_type(self, number: int, kind: Any) -> None:
+        self.held.append(kind)
+
+
+@pytest.mark.parametrize("version", ["8.5.2.2", "8.6.1"])
+def test_a_cast_is_not_held_to_a_precision(load_double: Load, version: str) -> None:
+    """8.6 has casts as layers of their own, and builds no engine where one is held to another type."""
+    trt = load_double(f"version={version}")
+    kinds = {"product": trt.LayerType.OTHER, "shape": trt.LayerType.CONSTANT}
+    if hasattr(trt.LayerType, "CAST"):
+        kinds["cast"] = trt.LayerType.CAST
+    layers = [_Layer(trt, name, kind) for name, kind in kinds.items()]
+    network = type("Network", (), {"num_layers": len(layers), "get_layer": lambda self, i: layers[i]})()
+    constrained = constrain(trt, network, trt.Config("config"), dict.fromkeys(kinds, "fp16"))
+    assert constrained == 1
+    assert {layer.name: layer.held for layer in layers if layer.held} == {"product": [trt.float16]}
+
+
+def test_the_inspector_tells_types_of_an_engine_for_several_shapes(load_double: Load, tmp_path: Path) -> None:
+    """It knows none before it is given shapes; without them an INT8 engine looks like any other."""
+    trt = load_double()
+    file = _engine_file(trt, tmp_path / "m.engine", linear())
+    engine = trt.Runtime(trt.ILogger()).deserialize_cuda_engine(file.read_bytes())
+    assert "FP32" in describe_layers(trt, engine)
 
 
 @pytest.mark.parametrize(

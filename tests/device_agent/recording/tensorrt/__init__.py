@@ -158,10 +158,9 @@ class DataType(enum.Enum):
     FLOAT, HALF, INT8, INT32, BOOL = range(5)
 
 
-class LayerType(enum.Enum):
-    OTHER, CONSTANT, QUANTIZE = range(3)
-
-
+_LAYERS = {"OTHER": 0, "CONSTANT": 1, "QUANTIZE": 2}
+_LAYERS.update({} if __version__.startswith("8.5.") else {"CAST": 3})
+LayerType = enum.Enum("LayerType", _LAYERS)  # type: ignore[misc]  # its members are the version's
 _MAJOR = int(__version__.partition(".")[0])
 _NETWORK_FLAGS = {"EXPLICIT_BATCH": 0} if _MAJOR < 11 else {}
 _NETWORK_FLAGS.update({"STRONGLY_TYPED": 1} if _MAJOR >= 10 else {})
@@ -386,15 +385,23 @@ class Engine:
         return [tuple(size if size > 0 else rows for size in shape) for rows in (1, _MOST, _MOST)]
 
     def create_engine_inspector(self) -> Inspector:
-        return Inspector()
+        return Inspector(self)
 
     def create_execution_context(self) -> Context:
         return Context(self)
 
 
 class Inspector:
+    execution_context: Optional[Context] = None
+
+    def __init__(self, engine: Engine) -> None:
+        self._inputs = engine.inputs
+
     def get_engine_information(self, form: LayerInformationFormat) -> str:
-        return json.dumps({"Layers": [{"Name": "layer"}]})
+        """As TensorRT does, without types before the inputs' shapes are known."""
+        known = self.execution_context is not None and self.execution_context.knows(self._inputs)
+        kind = "Row major linear FP32" if known else "N/A due to dynamic shapes"
+        return json.dumps({"Layers": [{"Name": "layer", "Inputs": [{"Format/Datatype": kind}]}]})
 
 
 class Context:
@@ -411,6 +418,9 @@ class Context:
             return False
         self._shapes[name] = tuple(shape)
         return True
+
+    def knows(self, names: List[str]) -> bool:
+        return all(name in self._shapes for name in names)
 
     def infer_shapes(self) -> List[str]:
         return []
