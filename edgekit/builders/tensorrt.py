@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ FREE_AXIS = (1, 128, 512)
 _WORKSPACE_FRACTION = 1 / 16
 _MOST_WORKSPACE_BYTES = 4 << 30
 _DLA_PRECISIONS = {"fp16", "int8"}
+#: Seen with 8.5.2 (docs/tensorrt.md): Myelin, which compiles attention, takes no scales from a cache.
+_FP16_ATTENTION = "; expect fp16 for its attention, which TensorRT 8 does not compute by a calibration cache"
 #: Longest build ahead of time; none of the tried graphs took a tenth of it.
 _BUILD_TIMEOUT_S = 600
 
@@ -60,7 +62,8 @@ def build(work: Work, profile: Profile, out: Path) -> Built:
         "not_on_dla": _not_on_dla(profile, work.precision, graph),
     }
     make_engine = _here_or_there if profile.runtime.name == "tensorrt" else _ahead_of_time
-    return make_engine(work, profile, plan, out, facts)
+    made = make_engine(work, profile, plan, out, facts)
+    return replace(made, why=f"{made.why}{_FP16_ATTENTION}") if graph.attention_by_cache else made
 
 
 def target(profile: Profile) -> str:

@@ -41,6 +41,7 @@ class TensorRtGraph:
         cache: a calibration cache; empty where there is none.
         precisions: by node; empty where the graph itself says them.
         names: of the nodes, with their operators.
+        attention_by_cache: int8 by calibration cache, of a graph that multiplies activations with each other.
     """
 
     model: bytes
@@ -49,6 +50,7 @@ class TensorRtGraph:
     cache: str = ""
     precisions: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    attention_by_cache: bool = False
 
 
 def make(work: Work, profile: Profile, table: Table, *, on_dla: bool = False) -> TensorRtGraph:
@@ -88,6 +90,7 @@ def make(work: Work, profile: Profile, table: Table, *, on_dla: bool = False) ->
         cache,
         _inherited(lowered.model, precisions),
         {node.name: node.op_type for node in lowered.model.graph.node},
+        attention_by_cache=bool(cache) and _multiplies_activations(source),
     )
 
 
@@ -111,6 +114,14 @@ def _typed_graph(work: Work, scales: Scales | None) -> ModelProto:
     if scales is None:
         return load_model(work.graph)
     return quantize(_float_graph(work), scales, "tensorrt-fp16", exclude=work.in_float).model
+
+
+def _multiplies_activations(model: ModelProto) -> bool:
+    from calibration.graph import Index
+
+    index = Index(model)
+    products = [node for node in model.graph.node if node.op_type == "MatMul"]
+    return any(all(map(index.is_float_activation, node.input)) for node in products)
 
 
 def _inherited(model: ModelProto, precisions: Mapping[str, str]) -> dict[str, str]:

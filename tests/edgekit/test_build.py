@@ -127,23 +127,22 @@ def test_an_engine_for_another_device_is_not_built(tmp_path: Path) -> None:
     assert list((made.path / "engines").iterdir()) == []
 
 
-def normalizing_artifact(out: Path) -> tuple[Artifact, Sources]:
-    """A product and a LayerNormalization, which TensorRT 8.5 lacks, as the int8 stage would leave them."""
+def calibrated_artifact(out: Path, nodes: list[Any], shape: list[Any]) -> tuple[Artifact, Sources]:
+    """A graph from ``x`` to ``y`` with weights ``w`` and ``scale``, as the int8 stage would leave it."""
     random = np.random.default_rng(3)
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["m"], name="product"),
-        helper.make_node("LayerNormalization", ["m", "scale"], ["y"], name="normal"),
-    ]
     weights = {"w": random.normal(size=(8, 8)), "scale": random.uniform(0.5, 1.5, 8)}
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8])
-    constants = [numpy_helper.from_array(v.astype(np.float32), name) for name, v in weights.items()]
+    used = {name for node in nodes for name in node.input}
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)
+    constants = [
+        numpy_helper.from_array(v.astype(np.float32), name) for name, v in weights.items() if name in used
+    ]
     model = helper.make_model(
         helper.make_graph(nodes, "g", [x], [y], constants), opset_imports=[helper.make_opsetid("", 18)]
     )
     model.ir_version = 9
     out.mkdir(parents=True)
-    data = random.normal(size=(16, 8)).astype(np.float32)
+    data = random.normal(size=(16, *shape[1:])).astype(np.float32)
     plain = calibration.prepare(model)
     scales = calibration.calibrate(plain, [{"x": data}])
     scales.save(out / "scales.json")
@@ -152,6 +151,15 @@ def normalizing_artifact(out: Path) -> tuple[Artifact, Sources]:
     onnx.save(plain, str(out.with_suffix(".onnx")))
     given = sources(load_model(out.with_suffix(".onnx")), dataset({"x": data}))
     return Artifact("onnx", out, "s", "k", (), {"precision": "int8", "in_float": []}), given
+
+
+def normalizing_artifact(out: Path) -> tuple[Artifact, Sources]:
+    """A product and a LayerNormalization, which TensorRT 8.5 lacks."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], name="product"),
+        helper.make_node("LayerNormalization", ["m", "scale"], ["y"], name="normal"),
+    ]
+    return calibrated_artifact(out, nodes, ["n", 8])
 
 
 def test_tensorrt_8_gets_cache_and_precisions_instead_of_pairs(tmp_path: Path) -> None:
@@ -169,6 +177,24 @@ def test_tensorrt_8_gets_cache_and_precisions_instead_of_pairs(tmp_path: Path) -
     assert precisions["product"] == "int8"
     assert set(precisions) == {node.name for node in nodes}
     assert "normal/Sqrt" in planned["not_on_dla"]
+
+
+def test_attention_by_calibration_cache_is_said_to_be_fp16(tmp_path: Path) -> None:
+    """TensorRT 8 computes attention in fp16 whatever the cache says; the report promises no INT8 for it."""
+    device = profile.load("jetson-agx-xavier")
+    config = {"max_batch_size": 4, "fallback": False}
+    for right, fp16 in (("turned", True), ("w", False)):
+        nodes = [
+            helper.make_node("Transpose", ["x"], ["turned"], name="turn", perm=[0, 2, 1]),
+            helper.make_node("MatMul", ["x", right], ["m"], name="multiply"),
+            helper.make_node("MatMul", ["m", "w"], ["p"], name="product"),
+            helper.make_node("Add", ["p", "turned"], ["y"], name="sum"),
+        ]
+        graph, given = calibrated_artifact(tmp_path / right, nodes, ["n", 8, 8])
+        made = run_stage("build", config, given, tmp_path / f"{right}-out", device, graph=graph)
+        (planned,) = made.metadata["engines"]
+        assert planned["plan"]["calibration_cache"]
+        assert ("expect fp16 for its attention" in planned["why"]) is fp16
 
 
 def dla_profile(path: Path, base: str, tensorrt: str) -> profile.Profile:
