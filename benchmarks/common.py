@@ -53,6 +53,12 @@ def report_of(*arguments: object) -> dict[str, Any]:
     return report
 
 
+def run_module(module: str, *arguments: object) -> None:
+    """Run one of the repository's modules as a command; what it prints is progress here."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+
+
 def document(
     name: str, claim: str, figures: Figures, targets: Targets, runs: int, gpu: str | None = None
 ) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, document, finish, parse_options, report_of
+from common import ROOT, document, finish, parse_options, report_of, run_module
 
 from edgekit import bundle, ort, sign
 from edgekit.bench.client import Client
@@ -79,9 +78,9 @@ def _seed(seed: int, requests: int) -> dict[str, Any]:
 
 def _train(work: Path, seed: int) -> float:
     """Make the scenes and train; seconds of the latter."""
-    _run("examples.detection.scenes", work / "scenes", "--seed", seed)
+    run_module("examples.detection.scenes", work / "scenes", "--seed", seed)
     begin = time.perf_counter()
-    _run("examples.detection.train", work / "scenes", work / "detector.safetensors", "--seed", seed)
+    run_module("examples.detection.train", work / "scenes", work / "detector.safetensors", "--seed", seed)
     return time.perf_counter() - begin
 
 
@@ -125,11 +124,6 @@ def _served(work: Path, single: Path, requests: int) -> dict[str, float]:
         "jitter_in_process": float(here[1] / here[0]),
         "served_over_in_process_p50": float(served[0] / here[0]),
     }
-
-
-def _run(module: str, *arguments: object) -> None:
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
