@@ -79,14 +79,20 @@ class InferenceRoutes:
             raise ProtocolError.wrong_method(request.method, route.method)
         return route
 
+    def _body(self, request: Request) -> memoryview:
+        """The body of a request, without its Content-Encoding."""
+        coding = request.headers.get(b"content-encoding")
+        return decompress(request.body, coding, self._service.max_body_bytes)
+
     # Inference
 
     def _infer(self, request: Request, connection: Connection, route: Route) -> None:
         service, headers = self._service, request.headers
         model = service.find(route.name or "", route.version)
         protocol = self._protocols.of(model.interface)
-        body = decompress(request.body, headers.get(b"content-encoding"), service.max_body_bytes)
-        infer = protocol.decode(body, _json_bytes(headers.get(b"inference-header-content-length")))
+        infer = protocol.decode(
+            self._body(request), _json_bytes(headers.get(b"inference-header-content-length"))
+        )
         on_done = partial(self._answer, connection, protocol, infer, headers.get(b"accept-encoding"))
         connection.cancel_with(service.submit(model, infer, on_done))
 
@@ -131,12 +137,11 @@ class InferenceRoutes:
     # The repository extension
 
     def _index(self, request: Request, connection: Connection, route: Route) -> None:
-        wanted = load_json(bytes(request.body), "the request") if request.body else {}
+        wanted = load_json(bytes(self._body(request)), "the request") if request.body else {}
         _respond_json(connection, self._service.index(bool(wanted.get("ready"))))
 
     def _load(self, request: Request, connection: Connection, route: Route) -> None:
-        coding = request.headers.get(b"content-encoding")
-        body = bytes(decompress(request.body, coding, self._service.max_body_bytes))
+        body = bytes(self._body(request))
         self._service.spawn(self._load_and_answer(route.name or "", body, connection))
 
     async def _load_and_answer(self, name: str, body: bytes, connection: Connection) -> None:
@@ -163,7 +168,7 @@ class InferenceRoutes:
         _respond_json(connection, self._service.regions.status(route.name))
 
     def _region_register(self, request: Request, connection: Connection, route: Route) -> None:
-        wanted = load_json(bytes(request.body), "the request")
+        wanted = load_json(bytes(self._body(request)), "the request")
         self._service.regions.register(
             route.name or "", wanted.get("key"), wanted.get("offset", 0), wanted.get("byte_size")
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import select
@@ -10,6 +11,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -343,6 +345,31 @@ def test_an_unknown_content_encoding_is_501(agent: AgentProcess) -> None:
     path = "/v2/models/model/infer"
     assert request(agent, path, b"x", headers={"Content-Encoding": "br"})[0] == 501
     assert request(agent, path, b"x", headers={"Content-Encoding": "gzip"})[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "answer"),
+    [
+        ("/v2/repository/index", {"ready": True}, (200, "READY")),
+        ("/v2/systemsharedmemory/region/r/register", {"key": "nowhere", "byte_size": 4}, (400, "nowhere")),
+        ("/v2/repository/models/nothing/load", {"parameters": {}}, (400, "not installed")),
+    ],
+)
+def test_every_body_may_be_compressed_and_is_bounded(
+    agent: AgentProcess, path: str, body: Any, answer: Tuple[int, str]
+) -> None:
+    """What holds for inference holds for each path: both codings are read, others are 501, bombs are 413."""
+    plain = json.dumps(body).encode()
+    for coding, packed in (("gzip", gzip.compress(plain)), ("deflate", zlib.compress(plain))):
+        status, document = request(agent, path, packed, headers={"Content-Encoding": coding})
+        assert (status, answer[1] in str(document)) == (answer[0], True)
+        assert request(agent, path, plain)[0] == status
+    bomb = gzip.compress(plain + b" " * MAX_BODY_BYTES)
+    status, document = request(agent, path, bomb, headers={"Content-Encoding": "gzip"})
+    assert (status, "when decompressed" in document["error"]) == (413, True)
+    for coding, expected in (("br", 501), ("gzip", 400)):
+        status, document = request(agent, path, plain, headers={"Content-Encoding": coding})
+        assert (status, "Content-Encoding" in document["error"]) == (expected, True)
 
 
 # Sockets
