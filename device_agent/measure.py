@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import json
 import platform
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, List, Mapping, Tuple
@@ -25,6 +24,7 @@ from device_agent import json_text
 from device_agent.engines import external_data
 from device_agent.engines.onnxruntime import exact_session
 from device_agent.errors import AgentError, BadInput, Refused
+from device_agent.temporary import OwnDirectory
 
 _MAX_LINE_BYTES = 1 << 20
 _MAX_FILE_BYTES = 2 << 30
@@ -54,7 +54,7 @@ def run(source: BinaryIO, sink: BinaryIO) -> int:
 
 def _measure(source: BinaryIO) -> Dict[str, Any]:
     request = _request(source.readline(_MAX_LINE_BYTES))
-    with tempfile.TemporaryDirectory(prefix="edgekit-measure-") as home:
+    with OwnDirectory("measure") as home:
         work = []
         for number, entry in enumerate(request["graphs"]):
             graph, inputs = Path(home, f"{number}.onnx"), Path(home, f"{number}.npz")

@@ -10,7 +10,7 @@ import signal
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, List, Mapping, Optional
 
-from device_agent import provisioned
+from device_agent import provisioned, temporary
 from device_agent.building.background import BackgroundBuilds
 from device_agent.config import Config
 from device_agent.doors import Doors
@@ -54,6 +54,7 @@ def run(config: Config, repository: Optional[RepositorySettings] = None) -> int:
     # When the watchdog ends a hung agent, or native code crashes, the log has every thread's stack.
     faulthandler.enable()
     manager = ServiceManager.take(os.environ)
+    temporary.clear_abandoned()
     with Store(config.state_dir) as store:
         loop = _new_event_loop()
         asyncio.set_event_loop(loop)

@@ -1,15 +1,16 @@
-"""Models that arrive inside a load request, kept in temporary directories of bounded size."""
+"""Models that arrive inside a load request, kept in a temporary directory of bounded size."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 import threading
+from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import Dict, Mapping
+from typing import Dict, Mapping, Optional
 
 from device_agent.errors import BadInput
+from device_agent.temporary import OwnDirectory
 
 MAX_FILES = 256
 _PART = re.compile(r"[^/\\\0\ud800-\udfff]{1,100}")
@@ -26,6 +27,8 @@ class Uploads:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._sizes: Dict[Path, int] = {}
+        self._own: Optional[OwnDirectory] = None  # where they lie, once there is one
+        self._numbers = count()
         self._reserving = threading.Lock()
 
     def add(self, name: str, files: Mapping[str, bytes]) -> Path:
@@ -48,14 +51,17 @@ class Uploads:
                 "choose a name without slashes that does not begin with a dot",
             )
         paths = [_checked(name, path) for path in files]
-        directory = self._reserve(name, files)
+        directory: Optional[Path] = None
         try:
+            directory = self._reserve(name, files)
+            directory.mkdir(parents=True)
             for path, data in zip(paths, files.values()):
                 target = directory / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(data)
         except OSError as error:
-            self.remove(directory)
+            if directory is not None:
+                self.remove(directory)
             raise BadInput(
                 f"the files uploaded for model '{name}' cannot be stored",
                 error.strerror or str(error),
@@ -64,7 +70,7 @@ class Uploads:
         return directory
 
     def _reserve(self, name: str, files: Mapping[str, bytes]) -> Path:
-        """An empty directory, and room for the files: uploads that come together share what there is."""
+        """A place, and room for the files: uploads that come together share what there is."""
         size = sum(map(len, files.values()))
         with self._reserving:
             if len(files) > MAX_FILES or size + sum(self._sizes.values()) > self._limit_bytes:
@@ -73,9 +79,14 @@ class Uploads:
                     f"uploaded models may take {self._limit_bytes} bytes in {MAX_FILES} files each",
                     "unload a model that was uploaded, or raise limits.max_upload_bytes",
                 )
-            directory = Path(tempfile.mkdtemp(prefix="edgekit-upload-"), name)
+            directory = self._home() / str(next(self._numbers)) / name
             self._sizes[directory] = size
         return directory
+
+    def _home(self) -> Path:
+        if self._own is None:
+            self._own = OwnDirectory("upload")
+        return self._own.path
 
     def remove(self, directory: Path) -> None:
         """Delete what :meth:`add` returned; any other directory is left alone."""
@@ -84,8 +95,10 @@ class Uploads:
 
     def clear(self) -> None:
         """Delete everything."""
-        for directory in list(self._sizes):
-            self.remove(directory)
+        self._sizes.clear()
+        own, self._own = self._own, None
+        if own is not None:
+            own.remove()
 
 
 def _checked(model: str, path: str) -> PurePosixPath:

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
-import shutil
 import socket
 import ssl
-import tempfile
 import time
 from typing import Any, Dict, Optional, Set
 
 from device_agent.config import Limits
 from device_agent.server.frames import GOAWAY, Frames
+from device_agent.temporary import OwnDirectory
 
 _BACKLOG = 1024
 _LEAVING_S = 1.0  # for clients to read that they should go; what they sent before is answered
@@ -46,8 +44,8 @@ class GrpcRelay:
             limits: what a client may cost.
             context: TLS, which ends here; None: there is none.
         """
-        self._directory = tempfile.mkdtemp(prefix="edgekit-grpc-")  # mode 0700
-        self._path = os.path.join(self._directory, "grpc.sock")
+        self._directory = OwnDirectory("grpc")
+        self._path = str(self._directory.path / "grpc.sock")
         self.address = f"unix:{self._path}"
         self._limits = limits
         self._context = context
@@ -78,7 +76,7 @@ class GrpcRelay:
         for client in list(self._clients):
             client.close()
         await asyncio.sleep(0)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.remove()
 
     # For the clients
 

@@ -319,6 +319,72 @@ def test_uploads_that_come_together_share_the_limit(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_agent_that_is_killed_leaves_nothing_for_ever(
+    start_agent: Callable[..., AgentProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was uploaded to an agent that was killed goes at the next start; what others have stays.
+
+    A second agent of the same user keeps its files, and so do programs whose names look alike.
+    """
+    home = tmp_path / "tmp"
+    home.mkdir()
+    monkeypatch.setenv("TMPDIR", str(home))
+    repository = tmp_path / "models"
+    repository.mkdir()
+    others = [home / f"edgekit-upload-{end}" for end in ("notes", "abcdefgh", "12345678")]
+    others[0].mkdir(mode=0o700)  # not a name that is made here
+    others[1].symlink_to(repository)
+    others[2].mkdir(mode=0o755)  # not made to keep others out
+    settings = "[grpc]\nenabled = false\n"
+    arguments = ["--model-repository", str(repository), "--model-control-mode", "explicit"]
+    graph = linear(seed=4).SerializeToString()
+
+    def uploads() -> set[Path]:
+        return {path for path in home.glob("edgekit-*") if path not in others}
+
+    killed = start_agent(settings=settings, arguments=arguments)
+    with tritonclient.http.InferenceServerClient(killed.http) as client:
+        for name in ("one", "two"):
+            client.load_model(name, config="{}", files={"file:1/model.onnx": graph})
+    left = uploads()
+    killed.kill()
+    assert left
+    assert uploads() == left
+
+    running = start_agent(settings=settings, arguments=arguments)
+    assert not uploads()
+    with tritonclient.http.InferenceServerClient(running.http) as client:
+        client.load_model("mine", config="{}", files={"file:1/model.onnx": graph})
+        kept = uploads()
+        third = start_agent(settings=settings, arguments=arguments)
+        assert uploads() == kept
+        assert third.stop() == 0
+        client.load_model("mine", config='{"max_batch_size": 2}', files={"file:1/model.onnx": graph})
+        assert np.array_equal(infer(client, "mine", X), session_of(linear(seed=4)).run(None, {"x": X})[0])
+    assert running.stop() == 0
+    assert not uploads()
+    assert all(path.is_dir() for path in others)
+
+
+def test_an_upload_without_a_place_is_refused(
+    start_agent: Callable[..., AgentProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the directory for temporary files is gone, the client is told so, and may try again later."""
+    home = tmp_path / "tmp"
+    home.mkdir()
+    monkeypatch.setenv("TMPDIR", str(home))
+    arguments = ["--model-repository", str(tmp_path), "--model-control-mode", "explicit"]
+    agent = start_agent(arguments=arguments)
+    graph = linear().SerializeToString()
+    home.rmdir()
+    with tritonclient.http.InferenceServerClient(agent.http) as client:
+        with pytest.raises(InferenceServerException, match="cannot be stored"):
+            client.load_model("late", config="{}", files={"file:1/model.onnx": graph})
+        home.mkdir()
+        client.load_model("late", config="{}", files={"file:1/model.onnx": graph})
+        assert client.is_model_ready("late")
+
+
 def test_files_without_a_configuration_are_refused(agent: AgentProcess) -> None:
     """As in Triton, an upload comes with its configuration; base64 that is none is a 400 too."""
     for parameters in ({"file:1/model.onnx": ""}, {"config": "{}", "file:1/model.onnx": "*"}, {"config": 1}):
