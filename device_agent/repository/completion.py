@@ -99,7 +99,9 @@ def _document(config: ModelConfig) -> Dict[str, Any]:
         "output": [_tensor_document(tensor) for tensor in config.outputs],
         "default_model_filename": config.filename,
     }
-    if config.dynamic_batching is not None:
+    if config.dynamic_batching is None:  # nothing is batched, whatever the file wishes
+        document.pop("dynamic_batching", None)
+    else:
         document["dynamic_batching"] = dict(config.dynamic_batching)
     return document
 

@@ -7,6 +7,7 @@ Triton's JSON form here, with its own field names, every value of the type that 
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Protocol, Tuple
 
@@ -16,6 +17,9 @@ from device_agent.repository.fields import MODEL_CONFIG, REFUSED, SCHEDULERS, WI
 from device_agent.repository.text_format import Scalar, TextFormatError, Value, parse
 
 Document = Dict[str, Any]
+
+_MAX_CHARACTERS = 100  # of a whole number of 64 bits, in any base and with zeros in front
+_SHOWN_CHARACTERS = 200  # of a field's name
 
 
 class ConfigError(BadInput):
@@ -58,6 +62,7 @@ def from_json(text: str, source: str) -> Parsed:
     """Read a configuration in protobuf's JSON form, with Triton's field names; see :func:`from_text`."""
     try:
         raw = json_text.loads(text.encode())
+        json.dumps(raw, ensure_ascii=False).encode()  # half a character, which JSON can carry, is no text
     except ValueError as error:
         raise ConfigError(
             f"{source} is not a model configuration", f"it is not JSON: {error}", "send a JSON object"
@@ -200,6 +205,8 @@ _TEXT_BOOLS = {
 
 
 def _integer(text: str, field: Field, source: str, where: str) -> int:
+    if len(text) > _MAX_CHARACTERS:  # Python refuses thousands, or takes seconds for them
+        raise _wrong(where, _expected(field), source)
     digits = text.lstrip("-")
     try:
         is_octal = len(digits) > 1 and digits.startswith("0") and digits.isdecimal()
@@ -214,9 +221,15 @@ def _integer(text: str, field: Field, source: str, where: str) -> int:
 def _enumerator(text: str, names: Tuple[str, ...], source: str, where: str) -> str:
     if text in names:
         return text
-    if text.isdecimal() and int(text) < len(names):
-        return names[int(text)]
+    number = decimal(text)
+    if number is not None and number < len(names):
+        return names[number]
     raise _wrong(where, "one of " + ", ".join(names), source)
+
+
+def decimal(text: str) -> Optional[int]:
+    """A number in decimal digits; None: it is none, or longer than one of 64 bits."""
+    return int(text) if text.isdecimal() and len(text) <= _MAX_CHARACTERS else None
 
 
 def _expected(field: Field) -> str:
@@ -231,6 +244,7 @@ def _expected(field: Field) -> str:
 
 
 def _unknown(where: str, known: List[str], source: str) -> ConfigError:
+    where = where[:_SHOWN_CHARACTERS]
     close: Optional[str] = next(iter(difflib.get_close_matches(where, known, n=1, cutoff=0.5)), None)
     return ConfigError(
         f"{source} cannot be served",
@@ -240,6 +254,7 @@ def _unknown(where: str, known: List[str], source: str) -> ConfigError:
 
 
 def _wrong(where: str, expected: str, source: str) -> ConfigError:
+    where = where[:_SHOWN_CHARACTERS]
     return ConfigError(
         f"{source} cannot be served", f"the field '{where}' is not {expected}", f"correct '{where}'"
     )

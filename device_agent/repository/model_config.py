@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
-from device_agent.repository.document import ConfigError, Document, Parsed
+from device_agent.repository.document import ConfigError, Document, Parsed, decimal
 from device_agent.tensors import element_count
 
 Dims = Tuple[int, ...]
@@ -220,11 +220,12 @@ def _threads(model: str, parameters: Document) -> Optional[int]:
     value = parameters.get("intra_op_thread_count", {}).get("string_value")
     if value is None:
         return None
-    if not value.isdecimal() or int(value) > 1024:
+    threads = decimal(value)
+    if threads is None or threads > 1024:
         raise _refused(
-            model, "parameters: intra_op_thread_count", f"it is '{value}'", "give a number of threads"
+            model, "parameters: intra_op_thread_count", f"it is '{value[:100]}'", "give a number of threads"
         )
-    return int(value)
+    return threads
 
 
 def _warmup(model: str, item: Document) -> Warmup:

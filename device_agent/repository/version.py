@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple
 
 from device_agent.batching.settings import Batching, QueuePolicy, problems
+from device_agent.errors import Refused
 from device_agent.loaded import LoadedModel, is_batchable
 from device_agent.manifest import Contract, Golden, Manifest, Resources
 from device_agent.models import Models
 from device_agent.repository import files
 from device_agent.repository.completion import complete, specs
-from device_agent.repository.document import ConfigError
+from device_agent.repository.document import ConfigError, decimal
 from device_agent.repository.model_config import ModelConfig
 from device_agent.repository.reshaping import reshaped
 from device_agent.repository.warmup import warm_up
@@ -33,7 +34,7 @@ def open_version(
     Raises:
         BadInput: the configuration does not fit the graph, or a file cannot be used.
         Missing: ONNX Runtime is not installed.
-        Refused: ONNX Runtime does not take the graph, or it fails its own warm-up.
+        Refused: ONNX Runtime does not take the graph, or it fails its own warm-up, or memory is short.
     """
     graph = directory / str(version) / config.filename
     engine = models.loader.open_graph(graph, config.name, config.threads)
@@ -44,6 +45,13 @@ def open_version(
         manifest = _manifest(completed, version, graph)
         batcher = models.loader.graph_batcher(engine, manifest, digest, _batching(completed))
         warm_up(engine, batcher.latency, directory, completed)
+    except MemoryError as error:
+        engine.close()
+        raise Refused(
+            f"model '{config.name}' does not come up",
+            f"this device has not enough memory for its warm-up: {error}",
+            "make its inputs or its model_warmup smaller",
+        ) from error
     except BaseException:
         engine.close()
         raise
@@ -132,9 +140,10 @@ def _queue_policy(given: Optional[Mapping[str, Any]]) -> QueuePolicy:
 
 
 def _level(config: ModelConfig, key: str) -> int:
-    if not key.isdecimal():
-        raise _wrong(config, f"priority_queue_policy.{key}", "for a level above zero")
-    return int(key)
+    level = decimal(key)
+    if level is None:
+        raise _wrong(config, f"priority_queue_policy.{key[:100]}", "for a level above zero")
+    return level
 
 
 def _wrong(config: ModelConfig, field: str, expected: str) -> ConfigError:

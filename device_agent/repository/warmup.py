@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import numpy as np
 
@@ -17,10 +17,13 @@ from device_agent.tensors import NUMPY_DTYPES, TensorError, decode_binary, eleme
 from device_agent.warmup import learn_latency
 
 WARMUP_DIRECTORY = "warmup"  # inside the model's, for input_data_file, as in Triton
+_MAX_ELEMENTS = 2**28  # of one input, its rows included
+_MAX_AXES = 32  # of numpy's older than 2.0
 
 _log = logging.getLogger(__name__)
 
 Arrays = Dict[str, "np.ndarray[Any, Any]"]
+Shape = Tuple[int, ...]
 
 
 def warm_up(engine: Engine, latency: LatencyModel, directory: Path, config: ModelConfig) -> None:
@@ -30,7 +33,7 @@ def warm_up(engine: Engine, latency: LatencyModel, directory: Path, config: Mode
     those may still take what clients send, so that is only logged.
 
     Raises:
-        BadInput: a file of the warm-up cannot be used.
+        BadInput: a file of the warm-up cannot be used, or an input is too large.
         Refused: the model failed on its own warm-up.
     """
     samples = [_sample(directory, config, warmup) for warmup in config.warmups]
@@ -67,12 +70,10 @@ def _sample(directory: Path, config: ModelConfig, warmup: Warmup) -> Arrays:
 def _array(directory: Path, config: ModelConfig, given: WarmupInput, rows: Any) -> np.ndarray[Any, Any]:
     if given.source == "input_data_file":
         row = _from_file(directory / WARMUP_DIRECTORY / given.file, config, given)
-        return np.broadcast_to(row, rows + given.dims).copy() if rows else row
+        return np.broadcast_to(row, _checked(config, rows + given.dims)).copy() if rows else row
     shape = rows + given.dims
-    if given.dtype == "BYTES":
-        return object_array([b""] * element_count(shape), shape)
-    array = np.zeros(shape, NUMPY_DTYPES[given.dtype])
-    if given.source == "random_data":
+    array = _empty_values(config, given.dtype, shape)
+    if given.source == "random_data" and given.dtype != "BYTES":
         random = np.random.default_rng(0).random(shape)
         array[...] = random if array.dtype.kind == "f" else random * 2  # 0 or 1: every index type has them
     return array
@@ -95,8 +96,23 @@ def _zeros(config: ModelConfig) -> Arrays:
     zeros: Arrays = {}
     for tensor in config.inputs:
         shape = front + tuple(1 if size == -1 else size for size in tensor.dims or ())
-        if tensor.dtype == "BYTES":
-            zeros[tensor.name] = object_array([b""] * element_count(shape), shape)
-        else:
-            zeros[tensor.name] = np.zeros(shape, NUMPY_DTYPES[tensor.dtype])
+        zeros[tensor.name] = _empty_values(config, tensor.dtype, shape)
     return zeros
+
+
+def _empty_values(config: ModelConfig, dtype: str, shape: Shape) -> np.ndarray[Any, Any]:
+    """Zeros, or texts without a character."""
+    _checked(config, shape)
+    if dtype == "BYTES":
+        return object_array([b""] * element_count(shape), shape)
+    return np.zeros(shape, NUMPY_DTYPES[dtype])
+
+
+def _checked(config: ModelConfig, shape: Shape) -> Shape:
+    if len(shape) > _MAX_AXES or element_count(shape) > _MAX_ELEMENTS:
+        raise BadInput(
+            f"model '{config.name}' cannot be warmed up",
+            f"an input has more than {_MAX_ELEMENTS} elements, or more than {_MAX_AXES} axes",
+            "correct its dims, or the batch_size of its model_warmup",
+        )
+    return shape

@@ -24,6 +24,7 @@ _CODES: Dict[int, grpc.StatusCode] = {
     501: grpc.StatusCode.UNIMPLEMENTED,
     503: grpc.StatusCode.UNAVAILABLE,
 }
+_MAX_TEXT_BYTES = 2048  # clients drop the headers of a call, its status with them, beyond 8 KiB
 _RETRY_INFO = "type.googleapis.com/google.rpc.RetryInfo"
 
 
@@ -49,16 +50,18 @@ async def abort(context: Any, error: ProtocolError, count_error: CountError) -> 
     """
     code = code_of(error)
     count_error(code.name)
-    metadata = _retry_metadata(error) if code is grpc.StatusCode.UNAVAILABLE else ()
-    await context.abort(code, error.message, metadata)
+    # A client's own words are in it. gRPC would never end a call whose text it cannot encode.
+    text = error.message.encode("utf-8", "replace")[:_MAX_TEXT_BYTES].decode("utf-8", "ignore")
+    metadata = _retry_metadata(text) if code is grpc.StatusCode.UNAVAILABLE else ()
+    await context.abort(code, text, metadata)
     raise error  # not reached: abort raises
 
 
-def _retry_metadata(error: ProtocolError) -> Any:
+def _retry_metadata(text: str) -> Any:
     value = SCHEMA.encode("RetryInfo", {"retry_delay": {"seconds": RETRY_AFTER_S}})
     status = {
         "code": grpc.StatusCode.UNAVAILABLE.value[0],
-        "message": error.message,
+        "message": text,
         "details": [{"type_url": _RETRY_INFO, "value": value}],
     }
     return (

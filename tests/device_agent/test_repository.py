@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -317,6 +319,83 @@ def test_uploads_that_come_together_share_the_limit(tmp_path: Path, monkeypatch:
         assert sorted(pool.map(add, ["a", "b"])) == [False, True]
     uploads.clear()
     assert not list(tmp_path.iterdir())
+
+
+DIGITS = "9" * 5000
+FIXED = {"data_type": "TYPE_FP32", "dims": [8]}
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({"max_batch_size": DIGITS}, "not a whole number"),
+        ({"max_batch_size": "0x" + "f" * 5000}, "not a whole number"),
+        ({"input": [{"name": "x", "data_type": DIGITS}]}, "data_type"),
+        ({"parameters": {"intra_op_thread_count": {"string_value": DIGITS}}}, "intra_op_thread_count"),
+        ({"dynamic_batching": {"priority_queue_policy": {DIGITS: {}}}}, "priority_queue_policy"),
+        ({"name": "\ud800"}, "not JSON"),
+        ({"\ud800": 1}, "not JSON"),
+        ({"output": [{"name": "scores", "label_filename": "\ud800"}]}, "not JSON"),
+        ({"parameters": {"\ud800": {"string_value": ""}}}, "not JSON"),
+        ({"platform": "p" * 100_000}, "platform"),
+        ({"p" * 100_000: 1}, "unknown"),
+        ({"platform": "\u20ac" * 100_000}, "platform"),
+        ({"model_warmup": [{"inputs": {"x": {**FIXED, "dims": [1] * 99, "zero_data": True}}}]}, "axes"),
+        (
+            {
+                "model_warmup": [
+                    {"batch_size": 65536, "inputs": {"x": {**FIXED, "dims": [2**28], "random_data": True}}}
+                ]
+            },
+            "elements",
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant_is_the_clients_mistake(
+    client: Any, agent: AgentProcess, config: Dict[str, Any], names: str
+) -> None:
+    """Numbers, texts and sizes beyond reason are a 400 and an ``INVALID_ARGUMENT`` that name the field."""
+    files = {"file:1/model.onnx": linear().SerializeToString()}
+    parameters = {"config": json.dumps(config)}
+    parameters.update({path: base64.b64encode(data).decode() for path, data in files.items()})
+    body = json.dumps({"parameters": parameters}).encode()
+    request = urllib.request.Request(f"http://{agent.http}/v2/repository/models/odd/load", body)
+    with pytest.raises(urllib.error.HTTPError) as refusal, urllib.request.urlopen(request):
+        pass
+    with refusal.value as answer:
+        assert answer.code == 400
+        assert re.search(names, answer.read().decode())
+    with tritonclient.grpc.InferenceServerClient(agent.wait_for(r"grpc=(\S+)").group(1)) as other:
+        with pytest.raises(InferenceServerException, match=names) as failure:
+            other.load_model("odd", config=json.dumps(config), files=files, client_timeout=20)
+        assert failure.value.status() == "StatusCode.INVALID_ARGUMENT"
+    assert client.is_server_live()
+
+
+def test_a_name_beyond_reason_is_an_invalid_argument(agent: AgentProcess) -> None:
+    """A client of gRPC's that names something with 200,000 letters is told what was wrong, in few words."""
+    name = "n" * 200_000
+    with tritonclient.grpc.InferenceServerClient(agent.wait_for(r"grpc=(\S+)").group(1)) as client:
+        for ask in (
+            lambda: client.load_model(name),
+            lambda: client.load_model(name, config="{}", files={"file:1/model.onnx": b""}),
+            lambda: client.register_system_shared_memory("region", name, 4),
+        ):
+            with pytest.raises(InferenceServerException, match="nnn") as failure:
+                ask()
+            assert failure.value.status() == "StatusCode.INVALID_ARGUMENT"
+            assert len(failure.value.message()) < 4096
+
+
+def test_a_wish_to_batch_what_has_no_batch_is_no_trouble(client: Any, agent: AgentProcess) -> None:
+    """Both protocols show the configuration as it holds, without the queues of a batch that there is not."""
+    graph = identity("FP32", (2, 3)).SerializeToString()
+    config = json.dumps({"dynamic_batching": {"priority_queue_policy": {"all": {}}}})
+    client.load_model("alone", config=config, files={"file:1/model.onnx": graph})
+    assert "dynamic_batching" not in client.get_model_config("alone")
+    with tritonclient.grpc.InferenceServerClient(agent.wait_for(r"grpc=(\S+)").group(1)) as other:
+        assert not other.get_model_config("alone").config.HasField("dynamic_batching")
+    client.unload_model("alone")
 
 
 def test_an_agent_that_is_killed_leaves_nothing_for_ever(
