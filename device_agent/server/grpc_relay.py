@@ -21,6 +21,7 @@ from typing import Any, Dict, Optional, Set
 
 from device_agent.config import Limits
 from device_agent.server.frames import GOAWAY, Frames
+from device_agent.server.listeners import stop_accepting
 from device_agent.temporary import OwnDirectory
 
 _BACKLOG = 1024
@@ -50,7 +51,8 @@ class GrpcRelay:
         self._limits = limits
         self._context = context
         self._clients: Set[_Client] = set()
-        self._listener: Optional[asyncio.AbstractServer] = None
+        self._listener: Optional[asyncio.Server] = None
+        self._is_leaving = False
 
     async def serve(self, listener: socket.socket) -> None:
         """Accept on a socket; gRPC listens already."""
@@ -64,7 +66,8 @@ class GrpcRelay:
     async def let_go(self, timeout_s: float) -> None:
         """Accept no more, tell the clients to go, and wait until they had the time to read that."""
         if self._listener is not None:
-            self._listener.close()
+            await stop_accepting([self._listener])
+        self._is_leaving = True
         for client in self._clients:
             client.send_away()
         until_s = time.monotonic() + min(_LEAVING_S, timeout_s)
@@ -85,6 +88,8 @@ class GrpcRelay:
         if len(self._clients) >= self._limits.max_connections:
             return False
         self._clients.add(client)
+        if self._is_leaving:  # its handshake took until now
+            client.send_away()
         return True
 
     def forget(self, client: _Client) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set
 
 from device_agent.config import Address, Limits
 from device_agent.server.connection import Connection
+from device_agent.server.listeners import stop_accepting
 from device_agent.server.request import Request
 from device_agent.server.unix_socket import bind, serve
 
@@ -117,7 +118,7 @@ class HttpServer:
         await asyncio.sleep(0)  # accept what the kernel has already connected
         if self._unix is not None:
             self._unix.unlink(missing_ok=True)  # before it closes: a later one there is another agent's
-        await self._stop_accepting()
+        await stop_accepting(self._servers)
         self.draining = True
         now_s = started_s = answered_s = time.monotonic()
         while self.connections and now_s - started_s < timeout_s and now_s - answered_s < _DRAIN_FLUSH_S:
@@ -133,21 +134,6 @@ class HttpServer:
         if self._sweeper is not None:
             self._sweeper.cancel()
         return complete
-
-    async def _stop_accepting(self) -> None:
-        """Close the listeners, and lose nothing that they have accepted.
-
-        asyncio makes a connection's transport one turn of the loop after it was accepted, and drops it where
-        the server has been closed in between.
-        """
-        loop = asyncio.get_running_loop()
-        for server in self._servers:
-            for listener in server.sockets:
-                loop.remove_reader(listener.fileno())
-        await asyncio.sleep(0)
-        for server in self._servers:
-            server.close()
-        await asyncio.sleep(_DRAIN_POLL_S)  # until they are among the connections
 
     def _owes_answers(self) -> bool:
         return any(connection.owes_answer for connection in self.connections)

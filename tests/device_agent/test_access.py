@@ -7,6 +7,7 @@ import datetime
 import http.client
 import json
 import re
+import signal
 import socket
 import ssl
 import time
@@ -34,6 +35,7 @@ from device_agent.errors import BadInput
 from device_agent.server import access as access_module
 from device_agent.server.access import Access
 from device_agent.server.attempts import BURST, MAX_CLIENTS, REFILL_S, FailedAttempts
+from device_agent.server.frames import GOAWAY
 from device_agent.server.http import HttpServer
 
 TOKEN = "a-token-of-thirty-two-characters"
@@ -239,6 +241,43 @@ def test_grpc_asks_for_the_same(
         settings = f"[grpc]\nenabled = {str(not passed).lower()}\nport = 0\n" + files.settings(client_ca=True)
         sockets = {"grpc": listener} if passed else {}
         _ask_over_grpc(activated(sockets, settings).start(), files)
+
+
+def test_a_client_whose_handshake_ends_late_is_told_to_go(
+    activated: Callable[..., AgentProcess], files: Credentials
+) -> None:
+    """On a passed socket, who connected before the agent began to end goes to the next one without a failure.
+
+    Behind the server's settings comes the frame that sends it away, before it can send a call to be refused.
+    """
+    context = client_context(files)
+    context.set_alpn_protocols(["h2"])
+
+    def greeted(plain: socket.socket) -> ssl.SSLSocket:
+        client = context.wrap_socket(plain, server_hostname="localhost")
+        client.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0" + bytes(4))
+        return client
+
+    def sent_away(client: ssl.SSLSocket) -> bool:
+        received = b""
+        while GOAWAY not in received:
+            more = client.recv(4096)
+            if not more:
+                return False
+            received += more
+        return True
+
+    with listen() as listener:
+        agent = activated({"grpc": listener}, files.settings()).start()
+        address = ("127.0.0.1", listener.getsockname()[1])
+        first, late = (socket.create_connection(address, timeout=20) for _ in range(2))
+        with greeted(first) as first_client:
+            assert first_client.recv(1)  # the agent has accepted both
+            agent.process.send_signal(signal.SIGTERM)
+            assert sent_away(first_client)
+            with greeted(late) as late_client:
+                assert sent_away(late_client)
+        assert agent.process.wait(timeout=30) == 0
 
 
 def _ask_over_grpc(agent: AgentProcess, files: Credentials) -> None:

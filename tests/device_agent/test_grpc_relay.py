@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -19,7 +21,9 @@ from tritonclient.utils import InferenceServerException
 
 from activation_kit import listen
 from agent_testing import AgentProcess
+from device_agent.config import Limits
 from device_agent.server.frames import GOAWAY, Frames
+from device_agent.server.grpc_relay import GrpcRelay
 
 Activated = Callable[..., AgentProcess]
 CLIENTS = 8
@@ -144,6 +148,54 @@ def test_nothing_is_left_behind(
         assert private.stat().st_mode & 0o777 == 0o700
         assert agent.stop() == 0
     assert not private.exists()
+
+
+class Settings(asyncio.Protocol):
+    """A double of gRPC's side, which says no more than its first frame: the relay looks at no other."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Send the settings that come first."""
+        transport.write(b"\0\0\0\x04\0" + bytes(4))
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_who_connects_as_the_agent_ends_is_told_or_waits(turns: int) -> None:
+    """At whatever turn of the loop it is accepted: a client reads that it should go, or is not accepted."""
+
+    async def received() -> bytes:
+        loop = asyncio.get_running_loop()
+        relay = GrpcRelay(Limits())
+        server = await loop.create_unix_server(Settings, relay.address[len("unix:") :])
+        with listen() as listener, socket.create_connection(listener.getsockname(), timeout=1) as client:
+            await relay.serve(listener.dup())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await relay.let_go(1.0)
+            reading = loop.run_in_executor(None, read_until, client, GOAWAY)
+            listener.settimeout(0.2)
+            try:
+                listener.accept()[0].close()  # as the next agent would: it was not accepted before
+                return GOAWAY
+            except socket.timeout:
+                return await reading
+            finally:
+                await reading
+                await relay.close()
+                server.close()
+
+    assert GOAWAY in asyncio.run(received())
+
+
+def read_until(client: socket.socket, end: bytes) -> bytes:
+    """What comes, up to ``end``, the end of the connection, or its timeout."""
+    data = b""
+    with contextlib.suppress(OSError):
+        while end not in data:
+            more = client.recv(4096)
+            if not more:
+                break
+            data += more
+    return data
 
 
 # Frames
