@@ -95,7 +95,7 @@ class GrpcInference:
             ProtocolError: the request is wrong or cannot be taken.
         """
         model = self._service.find(envelope.model, envelope.version)
-        protocol = self._protocols.of(model.interface)
+        protocol = self._protocols.of(model)
         request = protocol.decode(envelope)
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         on_done = partial(self._finish, protocol, request, final, answer)

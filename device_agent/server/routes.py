@@ -89,7 +89,7 @@ class InferenceRoutes:
     def _infer(self, request: Request, connection: Connection, route: Route) -> None:
         service, headers = self._service, request.headers
         model = service.find(route.name or "", route.version)
-        protocol = self._protocols.of(model.interface)
+        protocol = self._protocols.of(model)
         infer = protocol.decode(
             self._body(request), _json_bytes(headers.get(b"inference-header-content-length"))
         )

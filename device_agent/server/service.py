@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import (
     TYPE_CHECKING,
@@ -59,7 +59,7 @@ _P = TypeVar("_P")
 
 
 class Protocols(Generic[_P]):
-    """What a transport keeps for each model version, made anew after a swap.
+    """What a transport keeps for each served model, as long as that serves.
 
     Args:
         make: makes it for what clients see of a version.
@@ -67,22 +67,28 @@ class Protocols(Generic[_P]):
 
     def __init__(self, make: Callable[[ModelInterface], _P]) -> None:
         self._make = make
-        self._known: Dict[Tuple[str, str], Tuple[ModelInterface, _P]] = {}
 
-    def of(self, interface: ModelInterface) -> _P:
-        """The one that was made for ``interface``."""
-        known = self._known.get((interface.name, interface.version))
-        if known is None or known[0] is not interface:
-            known = self._known[interface.name, interface.version] = (interface, self._make(interface))
-        return known[1]
+    def of(self, model: ServedModel) -> _P:
+        """The one that was made for ``model``."""
+        known: Optional[_P] = model.protocols.get(self)
+        if known is None:
+            known = model.protocols[self] = self._make(model.interface)
+        return known
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A loaded model and what its clients see of it; a new one after every swap."""
+    """A loaded model and what its clients see of it; a new one after every swap.
+
+    Attributes:
+        loaded: the model.
+        interface: what clients see.
+        protocols: see :class:`Protocols`.
+    """
 
     loaded: LoadedModel
     interface: ModelInterface
+    protocols: Dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class InferenceService:

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import weakref
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import grpc
 import numpy as np
@@ -157,6 +157,7 @@ class GoneModel:
     def __init__(self, memory: np.ndarray) -> None:
         spec = (TensorSpec("x", "FP32", (-1, 8)),)
         self.interface = ModelInterface("model", "1", spec, spec, max_batch_size=4)
+        self.protocols: Dict[object, Any] = {}
         self.regions = self
         self.memory: Optional[np.ndarray] = memory
         self.on_done: Optional[Callable[[Any], None]] = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import resource
 import tempfile
 import threading
 import time
@@ -443,6 +444,34 @@ def test_an_agent_that_is_killed_leaves_nothing_for_ever(
     assert running.stop() == 0
     assert not uploads()
     assert all(path.is_dir() for path in others)
+
+
+def test_a_model_that_was_unloaded_holds_no_memory(
+    start_agent: Callable[..., AgentProcess], tmp_path: Path
+) -> None:
+    """A client that loads under a new name each time, asks once and unloads, does not make the agent grow."""
+    arguments = ["--model-repository", str(tmp_path), "--model-control-mode", "explicit"]
+    agent = start_agent(arguments=arguments)
+    config = {"output": [{"name": "scores", "label_filename": "labels"}]}
+    files = {"file:1/model.onnx": linear().SerializeToString(), "file:labels": b"l" * 8_000_000}
+
+    def grown_bytes(names: range) -> int:
+        before = memory_bytes(agent)
+        for number in names:
+            client.load_model(f"m{number}", config=json.dumps(config), files=files)
+            infer(client, f"m{number}", X)
+            client.unload_model(f"m{number}")
+        return memory_bytes(agent) - before
+
+    with tritonclient.http.InferenceServerClient(agent.http) as client:
+        grown_bytes(range(5))  # what the allocator keeps
+        assert grown_bytes(range(5, 20)) < 60_000_000  # of 120,000,000 that the labels took
+
+
+def memory_bytes(agent: AgentProcess) -> int:
+    """What an agent has in memory."""
+    pages = int(Path(f"/proc/{agent.process.pid}/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def test_an_upload_without_a_place_is_refused(
