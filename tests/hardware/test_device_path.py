@@ -35,7 +35,8 @@ def test_the_script_takes_a_bundle_the_whole_way(tmp_path: Path) -> None:
     assert document["device"]["fingerprint"]["tensorrt"] == "8.5.2.2"
     assert (document["build"]["state"], document["build"]["serves"]) == ("built", "tensorrt")
     assert document["latency"]["requests"] == 300
-    assert document["layers"] == {"Layers": [{"Name": "layer"}]}
+    (layer,) = document["layers"]["Layers"]
+    assert "FP32" in layer["Inputs"][0]["Format/Datatype"]
     assert document["dla"]["not_on_dla"] == ["layer"]
     assert (document["rollback"]["updated"], document["rollback"]["returned"]) == (True, True)
     assert document["stop"]["exit_code"] == 0
