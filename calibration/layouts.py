@@ -59,9 +59,8 @@ def quantized_inputs(index: Index, linear: list[NodeProto], kept: dict[str, str]
     Nothing stands between a convolution and the residual Add that it feeds, so that both become one
     kernel; the Add's other operand has a pair (NVIDIA's TensorRT guide, "Q/DQ layer-placement
     recommendations"). What is joined by a Concat takes the Concat's scale, which then costs nothing; and
-    where int8 operators alone read the Concat, all that it joins has a pair, so that it joins integers alone:
-    8.5.2 built no engine of a network where it had integers and a resized float tensor to join. The values
-    are the same with these pairs and without.
+    where int8 operators alone read the Concat, what it alone reads has a pair too, with the same values. Else
+    it may have integers and float to join, as in a network of which 8.5.2 built no engine.
     """
     tensors = {name for node in linear for name in node.input[:2] if index.is_float_activation(name)}
     convolutions = {node.output[0]: node for node in linear if node.op_type == "Conv"}
@@ -77,7 +76,7 @@ def quantized_inputs(index: Index, linear: list[NodeProto], kept: dict[str, str]
             joined.add(node.name)
     ends = {_result(index, node) for node in (*linear, *(n for n in index.graph.node if n.name in joined))}
     for node in _concats_of_integers(index, tensors, {*joined, *(node.name for node in linear)}):
-        tensors.update(name for name in node.input if _is_read_once(index, name))
+        tensors.update(x for x in node.input if index.is_float_activation(x) and index.sole_reader(x))
         joined.add(node.name)
     return Placement(
         quantized=frozenset(node.name for node in linear),
@@ -89,7 +88,7 @@ def quantized_inputs(index: Index, linear: list[NodeProto], kept: dict[str, str]
 
 
 def _concats_of_integers(index: Index, tensors: set[str], in_int8: set[str]) -> list[NodeProto]:
-    """Each Concat that int8 operators alone read, all of them."""
+    """Each Concat whose result int8 operators alone read."""
     return [
         node
         for node in index.graph.node
@@ -98,10 +97,6 @@ def _concats_of_integers(index: Index, tensors: set[str], in_int8: set[str]) -> 
         and node.output[0] not in index.outputs
         and all(reader.name in in_int8 for reader in index.readers[node.output[0]])
     ]
-
-
-def _is_read_once(index: Index, name: str) -> bool:
-    return index.is_float_activation(name) and index.sole_reader(name) is not None
 
 
 def _concatenated(index: Index, tensors: set[str]) -> dict[str, str]:

@@ -30,8 +30,8 @@ FREE_AXIS = (1, 128, 512)
 _WORKSPACE_FRACTION = 1 / 16
 _MOST_WORKSPACE_BYTES = 4 << 30
 _DLA_PRECISIONS = {"fp16", "int8"}
-#: Seen with 8.5.2 (docs/tensorrt.md): Myelin, which compiles attention, takes no scales from a cache.
-_FP16_ATTENTION = "; expect fp16 for its attention, which TensorRT 8 does not compute by a calibration cache"
+#: Of the text encoder on a server's GPU (docs/tensorrt.md).
+_FP16_ATTENTION = "; expect fp16 for its attention: TensorRT 8.5 was seen to heed no calibration cache there"
 #: Longest build ahead of time; none of the tried graphs took a tenth of it.
 _BUILD_TIMEOUT_S = 600
 

@@ -41,7 +41,7 @@ class TensorRtGraph:
         cache: a calibration cache; empty where there is none.
         precisions: by node; empty where the graph itself says them.
         names: of the nodes, with their operators.
-        attention_by_cache: int8 by calibration cache, of a graph that multiplies activations with each other.
+        attention_by_cache: whether TensorRT 8 gets a calibration cache for products of activations.
     """
 
     model: bytes
@@ -90,7 +90,7 @@ def make(work: Work, profile: Profile, table: Table, *, on_dla: bool = False) ->
         cache,
         _inherited(lowered.model, precisions),
         {node.name: node.op_type for node in lowered.model.graph.node},
-        attention_by_cache=bool(cache) and _multiplies_activations(source),
+        attention_by_cache=bool(cache) and version < _STRONGLY_TYPED_FROM and _multiplies_activations(source),
     )
 
 
