@@ -124,9 +124,18 @@ def _torchvision() -> list[Subject]:
     for kind in ("classification", "detection", "segmentation"):
         module = models if kind == "classification" else getattr(models, kind)
         for name in models.list_models(module):
-            size = _FIXED_SIZES.get(name, _IMAGE if kind != "detection" else 128)
+            size = _size(name, kind)
             subjects.append(Subject(name, kind, _builder(name, kind, size), {"image": (3, size, size)}))
     return subjects
+
+
+def _size(name: str, kind: str) -> int:
+    """Width and height of the images; of whole patches, at least two, where a model has patches."""
+    size = _FIXED_SIZES.get(name, _IMAGE if kind != "detection" else 128)
+    if not name.startswith("vit"):
+        return size
+    patch = int(name.rsplit("_", 1)[1])
+    return max(size, 2 * patch) // patch * patch
 
 
 def _builder(name: str, kind: str, size: int) -> Callable[[], nn.Module]:
@@ -137,8 +146,7 @@ def _builder(name: str, kind: str, size: int) -> Callable[[], nn.Module]:
         if kind != "classification":
             options["weights_backbone"] = None
         if name.startswith("vit"):
-            size_of_patches = int(name.rsplit("_", 1)[1])
-            options["image_size"] = max(size, 2 * size_of_patches) // size_of_patches * size_of_patches
+            options["image_size"] = size
         if name in ("inception_v3", "googlenet"):
             options |= {"aux_logits": False, "init_weights": False}
         model = models.get_model(name, **options)
@@ -203,7 +211,8 @@ _SPEECH = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 8,
            "conv_dim": (64, 64, 64), "conv_stride": (5, 4, 4), "conv_kernel": (10, 8, 8), "vocab_size": 64,
            "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}  # fmt: skip
 _GROUPED = {**_SMALL, "num_key_value_heads": 4, "head_dim": 16}
-_RESNET_OF_DETR = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+_RESNET_OF_DETR = {"use_timm_backbone": False, "use_pretrained_backbone": False,
+                   "backbone_config": {"model_type": "resnet", "out_features": ["stage4"]}}  # fmt: skip
 
 _TRANSFORMERS: dict[str, tuple[str, _Recipe]] = {
     "bert": ("text encoder", _Recipe("AutoModelForSequenceClassification", "BertConfig", _TEXT, _SMALL)),
