@@ -7,11 +7,11 @@ from typing import Any, Dict
 
 import numpy as np
 
-from device_agent.batching.latency import LatencyModel
+from device_agent.batching.latency import PREPARING_RUNS, LatencyModel
 from device_agent.engines.base import Engine
 
-_RUNS = 3
-_BUDGET_S = 0.2  # for batches larger than one; a slow model learns them while it serves
+_RUNS = 2
+_BUDGET_S = 0.12  # of usual run time, after which larger batches are learned while serving
 
 Arrays = Dict[str, "np.ndarray[Any, Any]"]
 
@@ -28,17 +28,15 @@ def learn_latency(engine: Engine, latency: LatencyModel, samples: Arrays, max_ba
     Raises:
         EngineError: a run failed.
     """
-    _timed_run(engine, _batch(samples, min(max_batch_size, 1)))  # its time says nothing: it allocates
-    rows, deadline_s = 1, time.monotonic() + _BUDGET_S
-    while rows <= max(max_batch_size, 1) and (rows == 1 or _fits(latency, rows, deadline_s)):
+    rows, spent_s = 1, 0.0
+    while rows <= max(max_batch_size, 1) and spent_s <= _BUDGET_S:
         inputs = _batch(samples, rows if max_batch_size else 0)
+        for _ in range(PREPARING_RUNS):
+            engine.run(inputs)
         for _ in range(_RUNS):
             latency.observe(rows, _timed_run(engine, inputs))
         rows *= 2
-
-
-def _fits(latency: LatencyModel, rows: int, deadline_s: float) -> bool:
-    return time.monotonic() + _RUNS * (latency.predict(rows) or 0.0) < deadline_s
+        spent_s += (PREPARING_RUNS + _RUNS) * (latency.predict(rows) or 0.0)  # those that would be next
 
 
 def _batch(samples: Arrays, rows: int) -> Arrays:

@@ -20,7 +20,7 @@ P99_MS = (10.0, 20.0)
 SECONDS = 3.0
 CLIMBS = 3  # odd: most of them are never half
 _LOAD = Path(__file__).parent / "load.py"
-_RATES = (100, 150, 200, 250, 300, 400, 500, 700, 1000, 1250, 1500, 2000, 2500, 3000, 4000)
+_RATES = (200, 250, 300, 400, 500, 700, 1000, 1500, 2000, 2500, 3000, 4000)
 
 
 def run(start: Callable[..., Agent], inputs: Dict[str, Any], work: Path, quick: bool) -> Dict[str, Any]:

@@ -12,6 +12,9 @@ from __future__ import annotations
 import math
 from typing import Optional
 
+#: How many runs of a size come before its usual time: the first allocates, the second may be recorded as a
+#: graph. Each can take ten times as long, and would make the size look worthless.
+PREPARING_RUNS = 2
 _KEEP = 0.98  # weight of history at each observation: half is forgotten after 34
 _FOLLOW = 0.3  # how far, as an exponent, history moves to the level of an observation
 _MIN_VARIANCE = 0.1  # of the row counts; below it the slope would be fitted to noise

@@ -116,6 +116,11 @@ def decide(
     return Decision(take=tuple(sorted(_sized(queue, candidates, learned, settings))))
 
 
+def look(queue: Sequence[Waiting], leader: int, rows: int, now_s: float, learned: Learned) -> Decision:
+    """A batch of up to ``rows``, to see what it costs, as far as nobody is late by it."""
+    return Decision(take=_in_time(queue, _companions(queue, leader, rows), now_s, learned))
+
+
 def steady_size(learned: Learned, settings: PolicySettings) -> int:
     """Rows in each batch of a queue that never ends; the most while nothing was learned."""
     return _smallest_worthwhile(range(1, settings.max_batch_size + 1), learned, settings.worth_fraction)

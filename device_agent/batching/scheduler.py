@@ -12,13 +12,14 @@ from typing import Callable, Dict, List, Optional, Sequence
 
 from device_agent.affinity import ANYWHERE, Placement
 from device_agent.batching.job import DeadlineExceeded, Job, QueueFull
-from device_agent.batching.latency import LatencyModel
+from device_agent.batching.latency import PREPARING_RUNS, LatencyModel
 from device_agent.batching.policy import (
     Decision,
     Learned,
     PolicySettings,
     clearing_s,
     decide,
+    look,
     saved_s,
     steady_size,
 )
@@ -38,6 +39,11 @@ _MIN_GAIN_S = 200e-6  # a loop's timers are not much finer, and clients need as 
 _REFRESH_RUNS = 16
 _WORTH_FRACTION = 0.05
 _WORTH_FRACTION_WITH_LEVELS = 0.25  # the highest level waits for the whole of a run that goes on
+# Where no larger batch is thought to pay, one is tried now and then: what was learned may be out of date, and
+# runs of one size say nothing of others. Each try that changes nothing doubles the time to the next.
+_LOOK_LEAST_ROWS = 4
+_LOOK_EVERY_RUNS = 64
+_LOOK_AT_LEAST_EVERY_RUNS = 4096
 _FIRST = Decision(take=(0,))
 
 
@@ -110,6 +116,8 @@ class Scheduler:
         self._between_s = Smoothed(_HANDOVER_S, memory=64)  # from one batch to the next
         self._error: Dict[int, Smoothed] = {}  # actual over forecast time in the queue, by level
         self._runs = 0
+        self._runs_by_rows: Dict[int, int] = {}
+        self._look_at_run, self._look_every_runs = _LOOK_EVERY_RUNS, _LOOK_EVERY_RUNS
         self._steady_size = settings.max_batch_size
         self._horizon_s = 0.0  # a return later than this is not worth waiting for
 
@@ -170,6 +178,9 @@ class Scheduler:
 
     def _decide(self, now_s: float) -> Decision:
         leader = self.queue.leader()
+        if self._should_look():
+            rows = min(self._policy.max_batch_size, max(2 * self._steady_size, _LOOK_LEAST_ROWS))
+            return look(self.queue.jobs, leader, rows, now_s, self._learned(now_s))
         if self._goes_alone():
             return _FIRST if leader == 0 else Decision(take=(leader,))
         return decide(self.queue.jobs, now_s, False, self._learned(now_s), self._policy, leader)
@@ -180,11 +191,23 @@ class Scheduler:
             return False
         return self._steady_size == 1 or (len(self.queue) == 1 and not self._horizon_s)
 
+    def _should_look(self) -> bool:
+        if self._runs < self._look_at_run or self.queue.rows <= self._steady_size:
+            return False
+        return self._steady_size < self._policy.max_batch_size and not self._policy.preferred_sizes
+
+    def _looked(self) -> None:
+        self._look_at_run = self._runs + self._look_every_runs
+        self._look_every_runs = min(2 * self._look_every_runs, _LOOK_AT_LEAST_EVERY_RUNS)
+
     def started(self, batch: Sequence[Job], now_s: float) -> None:
         """A batch of :meth:`next` starts now."""
         self.busy = True
         self.queue.ran(batch)
-        expected_s = self.latency.predict(sum(job.rows for job in batch)) or 0.0
+        rows = sum(job.rows for job in batch)
+        if len(batch) > 1 and rows > self._steady_size:
+            self._looked()
+        expected_s = self.latency.predict(rows) or 0.0
         self._free_at_s = now_s + expected_s
         if self._finished_s is not None:
             self._between_s.add(now_s - self._finished_s)
@@ -196,7 +219,7 @@ class Scheduler:
         """A batch has ended; ``started_s`` and ``finished_s`` of its jobs are set."""
         self.busy = False
         first = batch[0]
-        if first.error is None:
+        if first.error is None and self._is_prepared(first.batch_rows):
             self.latency.observe(first.batch_rows, first.finished_s - first.started_s)
         if self._runs % _REFRESH_RUNS == 0:
             self._refresh()
@@ -204,6 +227,13 @@ class Scheduler:
         self._finished_s = now_s if self.queue.jobs else None
         if self._horizon_s:
             self._returns.answered([job.rows for job in batch], now_s)
+
+    def _is_prepared(self, rows: int) -> bool:
+        """Whether a run of so many rows, just ended, took its usual time; or nothing better is known."""
+        earlier = self._runs_by_rows.get(rows, 0)
+        if earlier < PREPARING_RUNS:
+            self._runs_by_rows[rows] = earlier + 1
+        return earlier >= PREPARING_RUNS or self.latency.predict(rows) is None
 
     def expected_s(self, batch: Sequence[Job]) -> Optional[float]:
         """How long a batch should run; None: not known yet."""
@@ -243,7 +273,9 @@ class Scheduler:
     def _refresh(self) -> None:
         """What changes slowly is not worked out for every request."""
         learned = Learned(self.latency.predict, self._handover_s())
-        self._steady_size = steady_size(learned, self._policy)
+        before, self._steady_size = self._steady_size, steady_size(learned, self._policy)
+        if self._steady_size > before:
+            self._look_every_runs = _LOOK_EVERY_RUNS
         if self._waits_for_returns and self._steady_size > 1:
             gain_s = saved_s(1, 1, learned, self._steady_size)
             self._horizon_s = gain_s if gain_s >= _MIN_GAIN_S else 0.0

@@ -27,6 +27,7 @@ from device_agent.batching.share import EngineShare
 from device_agent.engines.base import Arrays, EngineError
 from device_agent.manifest import TensorSpec
 from device_agent.metrics import ModelMetrics
+from device_agent.warmup import learn_latency
 
 # The learned latency
 
@@ -51,6 +52,32 @@ def test_latency_is_learned_for_sizes_between() -> None:
         for rows in (1, 8):
             model.observe(rows, 2e-3 + 1e-3 * rows)
     assert model.predict(4) == pytest.approx(6e-3, rel=0.02)
+
+
+class PreparingEngine:
+    """Stands in for an engine on a GPU: the first two runs of each size allocate, and record a graph."""
+
+    inputs, outputs = (TensorSpec("x", "FP32", (-1, 1)),), (TensorSpec("y", "FP32", (-1, 1)),)
+
+    def __init__(self) -> None:
+        self.runs: Dict[int, int] = {}
+
+    def run(self, inputs: Arrays) -> Dict[str, Any]:
+        """Nothing comes of it; it takes 2 ms for any size, and 25 ms at first."""
+        rows = len(inputs["x"])
+        self.runs[rows] = self.runs.get(rows, 0) + 1
+        time.sleep(25e-3 if self.runs[rows] <= 2 else 2e-3)
+        return {"y": inputs["x"]}
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def test_the_first_runs_of_a_size_say_nothing_of_what_it_costs() -> None:
+    """An engine that prepares itself for each new size is not taken for one that gains nothing by batches."""
+    model = LatencyModel()
+    learn_latency(PreparingEngine(), model, {"x": np.zeros((1, 1), np.float32)}, 32)
+    assert (model.predict(8) or 0.0) < 2 * (model.predict(1) or 0.0)
 
 
 def test_batches_that_outgrow_a_cache_are_seen_as_dearer() -> None:

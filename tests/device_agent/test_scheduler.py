@@ -74,6 +74,27 @@ def test_clients_in_step_share_a_run(clients: int, gain: float) -> None:
     assert ours > gain * closed_rate(shared, clients, 150e-6, NEVER_WAITS)
 
 
+def test_batching_is_found_to_pay_after_a_warm_up_that_said_otherwise() -> None:
+    """A device that was busy while it warmed up does not run requests one by one for ever."""
+    simulation = Simulation(BatcherSettings(32), shared)
+    for rows in (2, 4, 8, 16, 32):  # something else had the GPU
+        simulation.scheduler.latency.observe(rows, 20e-3 * rows)
+    simulation.closed_loop(16, lambda: 150e-6)
+    simulation.run(3.0)
+    before = len(simulation.log.answered)
+    simulation.run(5.0)
+    assert len(simulation.log.answered) - before > 0.8 * 2 * closed_rate(shared, 16, 150e-6, Batching())
+
+
+def test_looking_whether_batches_pay_costs_next_to_nothing_where_they_do_not() -> None:
+    """Where sixteen cost sixteen times as much, at most one run in fifty is a batch, and later far fewer."""
+    simulation = Simulation(BatcherSettings(16), steady)
+    simulation.closed_loop(16, lambda: 150e-6)
+    batches = simulation.run(20.0).batches
+    assert sum(rows > 1 for rows in batches[:2000]) <= 2000 / 50
+    assert sum(rows > 1 for rows in batches[2000:]) <= len(batches[2000:]) / 500
+
+
 def test_a_lone_client_never_waits() -> None:
     """One client is answered as soon as without batching, however quickly it asks again."""
     assert closed_rate(shared, 1, 150e-6, Batching()) == closed_rate(shared, 1, 150e-6, NEVER_WAITS)
