@@ -59,8 +59,8 @@ def quantized_inputs(index: Index, linear: list[NodeProto], kept: dict[str, str]
     Nothing stands between a convolution and the residual Add that it feeds, so that both become one
     kernel; the Add's other operand has a pair (NVIDIA's TensorRT guide, "Q/DQ layer-placement
     recommendations"). What is joined by a Concat takes the Concat's scale, which then costs nothing; and
-    where int8 operators alone read the Concat, what it alone reads has a pair too, with the same values. Else
-    it may have integers and float to join, as in a network of which 8.5.2 built no engine.
+    where int8 operators alone read the Concat, what it alone reads has a pair too, with the same values, so
+    that integers alone are joined.
     """
     tensors = {name for node in linear for name in node.input[:2] if index.is_float_activation(name)}
     convolutions = {node.output[0]: node for node in linear if node.op_type == "Conv"}

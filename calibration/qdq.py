@@ -154,11 +154,14 @@ class _Writer:
         if key not in self._constants:
             scale, zero_point = self._store(name, affine)
             integers = self._names.fresh(f"{name}_quantized")
-            self._graph.initializer.append(numpy_helper.from_array(quantize(values, affine), integers))
             output = self._names.fresh(f"{name}_dequantized")
             attributes = {} if affine.axis is None else {"axis": affine.axis}
-            dequantizer = self._node("DequantizeLinear", [integers, scale, zero_point], output, attributes)
-            self._before.setdefault(node.name, []).append(dequantizer)
+            before = self._before.setdefault(node.name, [])
+            if self._target.float_weights:
+                before.append(self._node("QuantizeLinear", [name, scale, zero_point], integers, attributes))
+            else:
+                self._graph.initializer.append(numpy_helper.from_array(quantize(values, affine), integers))
+            before.append(self._node("DequantizeLinear", [integers, scale, zero_point], output, attributes))
             self._constants[key] = output
         return self._constants[key]
 

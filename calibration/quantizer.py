@@ -73,8 +73,9 @@ def quantize(
     Args:
         model: the model that was calibrated, or its file.
         scales: from ``calibrate``.
-        target: ``onnxruntime`` (CPU), ``tensorrt`` (8.6 and newer, and TensorRT-RTX), or ``tensorrt-fp16``,
-            the same for strongly typed networks: what stays in float is float16 where the values fit.
+        target: ``onnxruntime`` (CPU), ``tensorrt`` (10 and newer, and TensorRT-RTX), ``tensorrt-fp16``, the
+            same for strongly typed networks: what stays in float is float16 where the values fit, or
+            ``tensorrt-8`` (8.5 and 8.6): weights are float in the file and rounded by a pair of their own.
         exclude: names of linear operators, and of Gathers from tables, to keep in float.
         weight_bits: 8, or 7 for x86 processors without VNNI, whose 16-bit sums would saturate.
 

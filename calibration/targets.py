@@ -23,6 +23,7 @@ class Target:
         shields_float_layers: whether float layers between int8 ones have to be hidden from the runtime.
         integer_tables: whether embedding tables may be int8.
         half_floats: whether what stays in float is float16.
+        float_weights: whether weights are float in the file, with a Q/DQ pair behind them.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Target:
     shields_float_layers: bool
     integer_tables: bool
     half_floats: bool = False
+    float_weights: bool = False
 
 
 _ONNXRUNTIME = Target(
@@ -46,7 +48,7 @@ _ONNXRUNTIME = Target(
     shields_float_layers=True,
     integer_tables=True,
 )
-#: From 8.6 on, and TensorRT-RTX.
+#: From 10 on, and TensorRT-RTX.
 _TENSORRT = Target(
     name="tensorrt",
     linear=frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"}),
@@ -60,8 +62,13 @@ _TENSORRT = Target(
 #: For strongly typed networks, where the graph alone says what is in half precision. TensorRT-RTX builds for
 #: Turing (SM75) only so: it has no float32 matrix products there.
 _TENSORRT_FP16 = replace(_TENSORRT, name="tensorrt-fp16", half_floats=True)
+#: 8.5.2 and 8.6.0 end some graphs with int8 constants in assertions of their own (``chooseHigherPrecision`` a
+#: detector with two heads, ``convertMyelinWeightsToFp32`` a text encoder), and build them from float weights.
+_TENSORRT_8 = replace(_TENSORRT, name="tensorrt-8", float_weights=True)
 
-TARGETS: Mapping[str, Target] = {target.name: target for target in (_ONNXRUNTIME, _TENSORRT, _TENSORRT_FP16)}
+TARGETS: Mapping[str, Target] = {
+    target.name: target for target in (_ONNXRUNTIME, _TENSORRT, _TENSORRT_FP16, _TENSORRT_8)
+}
 
 
 def target_named(name: str) -> Target:

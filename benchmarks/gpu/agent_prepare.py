@@ -94,7 +94,7 @@ def _write(out: Path, module: nn.Module, inputs: dict[str, Array], *, seeded: bo
     scales = calibrate(model, rows, observer="minmax")
     (out / "model.cache").write_text(write_cache(model, scales))
     (out / "precisions.json").write_text(json.dumps(dict(layer_precisions(model, scales))))
-    quantized = quantize(model, scales, target="tensorrt").model
+    quantized = quantize(model, scales, target="tensorrt-8").model
     half, _ = to_fp16(model, scales)
     weights = {}
     for file, graph in (("model.onnx", model), ("qdq.onnx", quantized), ("half.onnx", half)):

@@ -13,6 +13,7 @@ from onnx import NodeProto, helper
 
 from calibration.graph import attribute, integer
 from edgekit.lowering.resize import resize
+from edgekit.lowering.roi_align import roi_align
 from edgekit.lowering.view import View
 
 #: What stands in place of a node, or None.
@@ -162,4 +163,5 @@ RULES: Mapping[str, Rule] = {
     "CastLike": cast_like,
     "Einsum": einsum,
     "Resize": resize,
+    "RoiAlign": roi_align,
 }

@@ -1,7 +1,7 @@
 """What a parser takes: tables of operators by release, each with its source.
 
-A table may extend another one: its operators are added, its other keys replace the base's. A profile gets the
-newest table that is no newer than its runtime.
+A table may extend another one: its operators are added, those in ``without`` taken away, and its other keys
+replace the base's. A profile gets the newest table that is no newer than its runtime.
 """
 
 from __future__ import annotations
@@ -127,4 +127,5 @@ def _raw(name: str) -> dict[str, Any]:
     if "extends" not in own:
         return own
     base = _raw(own.pop("extends"))
-    return {**base, **own, "operators": [*base["operators"], *own["operators"]]}
+    operators = {*base["operators"], *own["operators"]} - {*own.pop("without", ())}
+    return {**base, **own, "operators": sorted(operators)}

@@ -183,7 +183,7 @@ def test_zero_and_constant_tensors_give_usable_scales() -> None:
 
 @pytest.mark.parametrize("observer", OBSERVERS)
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e-7, 1e-30])
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-fp16"])
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-fp16", "tensorrt-8"])
 def test_constant_activations_give_finite_results(observer: str, value: float, target: str) -> None:
     """A tensor that is one value throughout has a scale above zero that holds the value."""
     model = build(

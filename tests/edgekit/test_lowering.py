@@ -124,6 +124,39 @@ def test_a_newer_parser_keeps_what_it_has() -> None:
     assert lower(gelu, TABLES["jetson-thor"]).changes == ()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3),
+    st.sampled_from(["half_pixel", "output_half_pixel"]), st.integers(16, 20),
+)  # fmt: skip
+def test_regions_are_aligned_without_the_plugin(
+    seed: int, batch: int, size: int, samples: int, transformation: str, opset: int
+) -> None:
+    """For TensorRT-RTX, whose RoiAlign needs a GPU to be read; regions may be tiny, turned or outside."""
+    rng = np.random.default_rng(seed)
+    model = graph(
+        [
+            helper.make_node(
+                "RoiAlign", ["x", "regions", "owners"], ["y"], name="it", output_height=size, output_width=2,
+                sampling_ratio=samples, spatial_scale=0.5, coordinate_transformation_mode=transformation,
+            )
+        ],
+        {"x": (TensorProto.FLOAT, ["n", 2, 7, 5]), "regions": (TensorProto.FLOAT, ["r", 4]),
+         "owners": (TensorProto.INT64, ["r"])},
+        {"y": None},
+        opset=opset,
+    )  # fmt: skip
+    lowered = lower(model, for_profile(profile.load("rtx-4000-ada")))
+    assert lowered.changes == ("RoiAlign taken apart (1)",)
+    assert lowered.refused == ()
+    feed = {
+        "x": rng.normal(size=(batch, 2, 7, 5)).astype(np.float32),
+        "regions": rng.uniform(-8, 24, (6, 4)).astype(np.float32),
+        "owners": rng.integers(0, batch, 6),
+    }
+    assert prove(model, lowered.model, [feed]) < 1e-5
+
+
 def test_the_given_model_is_never_changed() -> None:
     """Lowering works on a copy."""
     model = CASES["GroupNormalization"]

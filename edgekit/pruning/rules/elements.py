@@ -12,7 +12,7 @@ rule(
     "copy", "masked_fill", "where", "dropout", "native_dropout", "bernoulli", "fill", "zero", "lerp",
     "addcmul", "addcdiv", "lift_fresh", "clamp", "_to_copy", "clone", "detach", "alias", "contiguous",
     "empty_like", "rand_like", "randn_like", "_prelu_kernel", "hardswish", "gelu", "relu6", "mish",
-    "threshold", "rrelu_with_noise", "floor_divide",
+    "threshold", "hardtanh", "rrelu_with_noise", "floor_divide",
 )(pointwise)  # fmt: skip
 
 
