@@ -112,7 +112,11 @@ _RECIPE_OPTIONS = (
     "--workdir", type=path_argument, default=Path(".edgekit"), show_default=True, help="Work kept for reuse."
 )
 @click.option("--measure-on", metavar="ssh://HOST", help="Measure latencies on a device that has the agent.")
-@click.option("--study", metavar="URL", help="Join a search with others: a file, or postgresql://HOST/NAME.")
+@click.option(
+    "--study",
+    metavar="URL",
+    help="Join a search with others: a file, or a database such as postgresql+pg8000://USER@HOST/NAME.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @json_option
 def compress(as_json: bool, dry_run: bool, profile: tuple[str, ...], **settings: Any) -> int:

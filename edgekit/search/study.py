@@ -42,7 +42,7 @@ def search_together(request: Request, url: str, trials: int) -> Found:
 
     Args:
         request: as for ``search``.
-        url: ``sqlite:///file``, ``postgresql://...``, or the path of a file.
+        url: ``sqlite:///file``, ``postgresql+pg8000://...``, or the path of a file.
         trials: of all workers together.
 
     Raises:
@@ -188,13 +188,13 @@ def _open(url: str, name: str, lease: Lease) -> Any:
         raise Missing(
             f"the study {_hidden(url)} needs a driver that is not installed",
             str(error),
-            "install it, such as psycopg for PostgreSQL, or give a file",
+            "install it, such as pg8000 for postgresql+pg8000://, or give a file",
         ) from error
     except (SQLAlchemyError, ValueError) as error:
         raise BadInput(
             f"the study {_hidden(url)} cannot be used",
             str(error).strip().splitlines()[0],
-            "give a file, sqlite:///FILE or postgresql://USER@HOST/DATABASE",
+            "give a file, sqlite:///FILE or postgresql+pg8000://USER@HOST/DATABASE",
         ) from error
 
 

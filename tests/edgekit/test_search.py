@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -281,9 +286,34 @@ print(best["width"])
 """
 
 
-def test_a_dead_worker_s_trial_is_taken_over(tmp_path: Path) -> None:
+@pytest.fixture
+def postgresql() -> Iterator[str]:
+    """The address of a database server of its own, which listens on a socket only."""
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not binaries:
+        pytest.skip("PostgreSQL is not installed")
+    owner = "postgres" if os.getuid() == 0 else None  # the server refuses to run as root
+    with tempfile.TemporaryDirectory(prefix="edgekit-pg-") as made:
+        home, tools = Path(made), binaries[-1].parent
+        if owner is not None:
+            shutil.chown(home, owner)
+        settle = ["-D", f"{home}/data", "--username=edge", "--auth=trust", "--no-sync"]
+        run = partial(subprocess.run, check=True, user=owner, cwd=home, stdout=subprocess.DEVNULL)
+        run([tools / "initdb", *settle])
+        options = f"-k {home} -c listen_addresses='' -c fsync=off"
+        run([tools / "pg_ctl", "-D", f"{home}/data", "-l", f"{home}/log", "-w", "-o", options, "start"])
+        try:
+            yield f"postgresql+pg8000://edge@/postgres?unix_sock={home}/.s.PGSQL.5432"
+        finally:
+            run([tools / "pg_ctl", "-D", f"{home}/data", "-m", "immediate", "stop"])
+
+
+@pytest.mark.parametrize("storage", ["file", "postgresql"])
+def test_a_dead_worker_s_trial_is_taken_over(
+    storage: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Two processes share a search; one is killed in its trial, and the other carries out that trial too."""
-    url = str(tmp_path / "study.db")
+    url = str(tmp_path / "study.db") if storage == "file" else request.getfixturevalue("postgresql")
 
     def worker(name: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-c", WORKER, url, str(tmp_path), name]
