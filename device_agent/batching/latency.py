@@ -13,7 +13,7 @@ import math
 from typing import Optional
 
 #: How many runs of a size come before its usual time: the first allocates, the second may be recorded as a
-#: graph. Each can take ten times as long, and would make the size look worthless.
+#: graph. Both can take many times as long, and would make the size look worthless.
 PREPARING_RUNS = 2
 _KEEP = 0.98  # weight of history at each observation: half is forgotten after 34
 _FOLLOW = 0.3  # how far, as an exponent, history moves to the level of an observation
