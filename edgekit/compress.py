@@ -310,8 +310,24 @@ def _not_measured(prepared: Prepared, found: search.Found) -> dict[str, str]:
 
 
 def _not_certain(outcome: search.Outcome, contract: Contract) -> dict[str, str]:
-    """What few samples cannot show."""
+    """What few samples and few timed runs cannot show."""
     facts = outcome.chosen.facts
+    return _not_certainly_faster(facts) | _not_certainly_as_good(outcome, facts, contract)
+
+
+def _not_certainly_faster(facts: Mapping[str, Any]) -> dict[str, str]:
+    interval, runs = facts["speedup_interval"], facts["latency_ms"]["runs"]
+    if not interval["low"] <= 1 <= interval["high"]:
+        return {}
+    return {
+        "contract.faster_than_original": f"{runs} runs cannot show it: the speed-up lies between "
+        f"{interval['low']:.2f} and {interval['high']:.2f} at {interval['confidence']:.0%} confidence"
+    }
+
+
+def _not_certainly_as_good(
+    outcome: search.Outcome, facts: Mapping[str, Any], contract: Contract
+) -> dict[str, str]:
     if search.drop_is_certain(facts, contract) is not False or "max_drop" in outcome.unmet:
         return {}
     interval = facts["metric_drop_interval"]

@@ -9,10 +9,13 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+
+from edgekit.measure import interval
+from edgekit.measure.interval import Interval
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Latency:
         runs: timed runs that they are taken from.
         batch: rows in each run.
         where: the machine that ran it.
+        times_ms: of the single runs, in their order; not in reports.
     """
 
     p50: float
@@ -32,10 +36,11 @@ class Latency:
     runs: int
     batch: int
     where: str
+    times_ms: tuple[float, ...] = field(default=(), repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """The form that reports use."""
-        return asdict(self)
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "times_ms"}
 
 
 def interleaved(
@@ -71,7 +76,12 @@ def interleaved(
 def summary(times_ms: list[float], batch: int, where: str) -> Latency:
     """Quantiles of the times of single runs."""
     p50, p95, p99 = (float(value) for value in np.quantile(times_ms, (0.5, 0.95, 0.99)))
-    return Latency(p50, p95, p99, len(times_ms), batch, where)
+    return Latency(p50, p95, p99, len(times_ms), batch, where, tuple(times_ms))
+
+
+def speedup_interval(original: Latency, candidate: Latency) -> Interval:
+    """How sure the original's p50 over the candidate's is, for two that were timed in turns."""
+    return interval.resampled_speedup(np.asarray(original.times_ms), np.asarray(candidate.times_ms))
 
 
 def this_machine() -> str:

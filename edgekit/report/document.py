@@ -103,6 +103,7 @@ class CandidateFigures(Figures):
     metric_drop: float
     metric_drop_interval: Interval | None
     speedup: float
+    speedup_interval: Interval
     precision: Literal["fp32", "fp16", "int8"]
     trial: str
     pruning: dict[str, Any] | None

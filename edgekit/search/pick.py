@@ -54,7 +54,7 @@ class Candidate:
         targets: artifacts with its engines for further profiles.
         facts: the keys of CLI.md's ``chosen``: parameters, sizes, metric, latency, ratios.
         unmet: the parts of the contract that it misses (``size``, ``max_drop``, ``latency``) -> why.
-        slower: whether it is slower than the original on the same runtime.
+        slower: whether it is slower than the original on the same runtime, and that is no noise of the clock.
         reason: why it lost, or None for the chosen one.
     """
 
@@ -169,6 +169,7 @@ def _candidate(
         "metric_drop": _drop(measurement.metadata["metric"]["original"]["value"], metric["value"]),
         "metric_drop_interval": measurement.metadata["metric_drop_interval"],
         "speedup": original_latency["p50"] / latency["p50"],
+        "speedup_interval": measurement.metadata["speedup_interval"],
         "precision": precision,
         "trial": tried.name,
         "pruning": _pruning(tried.ran),
@@ -178,7 +179,8 @@ def _candidate(
     }
     missed = unmet(facts, contract, profile, on_target)
     targets = tuple(tried.ran.artifacts[name] for name in tried.plan.targets[precision])
-    return Candidate(precision, engine, measurement, targets, facts, missed, slower=facts["speedup"] < 1)
+    slower = facts["speedup_interval"]["high"] < 1
+    return Candidate(precision, engine, measurement, targets, facts, missed, slower)
 
 
 def _drop(original: float, candidate: float) -> float:
@@ -228,7 +230,12 @@ def drop_is_certain(facts: Mapping[str, Any], contract: Contract) -> bool | None
 def _slower(candidate: Candidate) -> dict[str, str]:
     if not candidate.slower:
         return {}
-    return {"faster_than_original": f"it runs at {candidate.facts['speedup']:.2f} times the original's speed"}
+    return {"faster_than_original": f"it runs at {_speed(candidate)} times the original's speed"}
+
+
+def _speed(candidate: Candidate) -> str:
+    interval = candidate.facts["speedup_interval"]
+    return f"{candidate.facts['speedup']:.2f} ({interval['low']:.2f} to {interval['high']:.2f})"
 
 
 def _pruning(ran: Ran) -> dict[str, Any] | None:
@@ -250,7 +257,7 @@ def _with_reason(candidate: Candidate, chosen: Candidate) -> Candidate:
     if candidate is chosen:
         return candidate
     if candidate.slower:
-        reason = f"slower than the original: {candidate.facts['speedup']:.2f} times its speed"
+        reason = f"slower than the original: {_speed(candidate)} times its speed"
     elif candidate.unmet:
         reason = "misses " + ", ".join(candidate.unmet)
     elif candidate.precision == chosen.precision:

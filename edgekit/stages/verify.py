@@ -17,7 +17,7 @@ from edgekit import ort
 from edgekit.artifact import Artifact
 from edgekit.builders.onnxruntime import ENGINE_FILE
 from edgekit.data import Dataset
-from edgekit.measure import accuracy, layers
+from edgekit.measure import accuracy, latency, layers
 from edgekit.measure.device import Timed
 from edgekit.measure.outputs import collect
 from edgekit.profile import Profile
@@ -88,6 +88,7 @@ def run(inputs: Inputs, config: Config, profile: Profile, out: Path) -> Mapping[
         "metric": scores,
         "metric_drop_interval": None if lost is None else lost.as_json(),
         "latency_ms": {role: timing.as_json() for role, timing in timings.items()},
+        "speedup_interval": latency.speedup_interval(timings["original"], timings["candidate"]).as_json(),
         "layers": [layer.as_json() for layer in kernels],
         "tolerances": tolerances,
     }

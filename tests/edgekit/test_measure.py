@@ -52,6 +52,26 @@ def test_a_slower_candidate_measures_slower() -> None:
     assert timed["ten"].p50 > timed["once"].p50
 
 
+@given(st.floats(0.5, 2), st.integers(0, 2**32 - 1))
+def test_the_interval_of_a_speed_up_says_what_the_runs_can_tell(truth: float, seed: int) -> None:
+    """It holds the measured value, turns round with the two, and what slows both alike does not widen it."""
+    rng = np.random.default_rng(seed)
+    candidate, slow = rng.lognormal(0, 0.1, 50), np.repeat(rng.uniform(1, 3, 5), 10)
+    original = truth * rng.lognormal(0, 0.1, 50)
+
+    def interval(first: Any, second: Any) -> Any:
+        first, second = latency.summary([*first], 1, ""), latency.summary([*second], 1, "")
+        found = latency.speedup_interval(first, second)
+        assert found.low <= first.p50 / second.p50 <= found.high
+        return found
+
+    assert interval(original, candidate).low == pytest.approx(
+        1 / interval(candidate, original).high, rel=0.05
+    )
+    exact = interval(truth * candidate * slow, candidate * slow)
+    assert exact.low == pytest.approx(truth) == exact.high
+
+
 # Memory
 
 

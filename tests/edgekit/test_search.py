@@ -43,9 +43,16 @@ def _latency(p50: float) -> dict[str, Any]:
 
 
 def _ran(
-    directory: Path, figures: dict[str, tuple[float, float]], params: int = 40, original_ms: float = 10.0
+    directory: Path,
+    figures: dict[str, tuple[float, float]],
+    params: int = 40,
+    original_ms: float = 10.0,
+    noise: float = 0.0,
 ) -> tuple[Plan, Ran]:
-    """A run with made-up figures: precision -> (p50 in ms, metric); the original's metric is 0.9."""
+    """A run with made-up figures: precision -> (p50 in ms, metric); the original's metric is 0.9.
+
+    ``noise`` is how far the interval of a speed-up reaches, as a fraction of it.
+    """
     (directory / "model.onnx").write_bytes(bytes(25))
     graph = {"macs": 100, "size_bytes": 100}
     artifacts = {
@@ -70,6 +77,12 @@ def _ran(
                 "confidence": 0.95,
             },
             latency_ms={"original": _latency(original_ms), "candidate": _latency(p50)},
+            speedup_interval={
+                "low": (1 - noise) * original_ms / p50,
+                "high": (1 + noise) * original_ms / p50,
+                "method": "a double",
+                "confidence": 0.95,
+            },
         )
         candidates[precision] = (f"build.{precision}", f"verify.{precision}")
     targets: dict[str, tuple[str, ...]] = dict.fromkeys(candidates, ())
@@ -187,6 +200,14 @@ def test_nothing_slower_than_the_original_is_preferred(directory: Path) -> None:
     assert _pick(directory, figures, Contract()).chosen.precision == "fp32"
     slow = {"int8": (12.0, 0.9), "fp16": (40.0, 0.9)}
     assert set(_pick(directory, slow, Contract()).unmet) == {"faster_than_original"}
+
+
+@pytest.mark.parametrize(("noise", "unmet"), [(0.02, {"faster_than_original"}), (0.05, set())])
+def test_noise_of_the_clock_breaks_no_contract(directory: Path, noise: float, unmet: set[str]) -> None:
+    """Slower than the original is what is slower for certain: 0.97 of the speed give or take 5 % is not."""
+    outcome = _pick(directory, {"int8": (10 / 0.97, 0.9)}, Contract(), noise=noise)
+    assert set(outcome.unmet) == unmet
+    assert outcome.chosen.slower == bool(unmet)
 
 
 def test_a_latency_of_another_machine_is_not_met(directory: Path) -> None:
