@@ -221,10 +221,9 @@ class Batcher:
     # Running
 
     def _start(self, batch: List[Job]) -> None:
-        expected_s = self._scheduler.expected_s(batch)
         self._scheduler.started(batch, time.monotonic())
         self._alone_runs = self._alone_runs + 1 if self._is_alone(batch) else 0
-        if expected_s is not None and expected_s < self._scheduler.inline_below_s:
+        if self._scheduler.inline:
             self._run_here(batch)
             return
         if self._thread is None:

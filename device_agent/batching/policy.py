@@ -61,14 +61,15 @@ class Learned:
     """What past runs say of the next.
 
     Attributes:
-        predict_s: seconds for a number of rows; None: not known yet.
-        handover_s: what every batch costs besides its run.
+        predict_s: seconds of a run with a number of rows; None: not known yet.
+        turn_s: seconds from the start of such a run to the start of the next; only what is between them while
+            nothing was learned of runs.
         company: who is about to join.
         steady_rows: what :func:`steady_size` found lately; 0: it is worked out when it is needed.
     """
 
     predict_s: Predict
-    handover_s: float = 100e-6
+    turn_s: Callable[[int], float]
     company: Company = NOBODY
     steady_rows: int = 0
 
@@ -140,10 +141,9 @@ def saved_s(rows: int, more_rows: int, learned: Learned, max_rows: int) -> float
 
 
 def clearing_s(rows: int, size: int, learned: Learned) -> float:
-    """Seconds for ``rows`` in batches of ``size``; only the handovers while nothing was learned."""
+    """Seconds for ``rows`` in batches of ``size``."""
     whole, rest = divmod(rows, size)
-    total_s = whole * (learned.handover_s + (learned.predict_s(size) or 0.0))
-    return total_s + (learned.handover_s + (learned.predict_s(rest) or 0.0) if rest else 0.0)
+    return whole * learned.turn_s(size) + (learned.turn_s(rest) if rest else 0.0)
 
 
 # Who
@@ -206,7 +206,7 @@ def _company_pays(
     if wait_s >= _WAIT_WORTH_FRACTION * gain_s:
         return False
     together = min(rows + company.rows, settings.max_batch_size)
-    answer_s = company.until_s + learned.handover_s + (learned.predict_s(together) or 0.0)
+    answer_s = company.until_s + learned.turn_s(together)
     return answer_s <= min(queue[i].finish_by_s for i in candidates)
 
 
@@ -218,6 +218,8 @@ def _sized(
 ) -> List[int]:
     if len(candidates) == 1:
         return candidates
+    if learned.steady_rows and len(candidates) == settings.max_batch_size and not settings.preferred_sizes:
+        return candidates[: learned.steady_rows]  # of single rows, as many as it was worked out for
     sizes: List[int] = []
     rows = 0
     for position in candidates:

@@ -47,6 +47,7 @@ class Returns:
 
     def __init__(self) -> None:
         self._away: Deque[Tuple[float, int]] = deque()  # when answered, rows of the request
+        self._unseen = 0  # of those, the first, who may have come back while nobody looked
         self._gap_s = Smoothed(memory=32)
         self._untried = 0
         self._trial_until_s = 0.0
@@ -66,8 +67,16 @@ class Returns:
         self._forget(now_s, horizon_s)
         if self._away:
             answered_s, _ = self._away.popleft()
+            if self._unseen:
+                self._unseen -= 1
+                return
             self._gap_s.add(now_s - answered_s)
             self._returned.add(1.0)
+
+    def nobody_looked(self, now_s: float) -> None:
+        """Until now the loop ran an engine: who came meanwhile is seen from now on, and teaches nothing."""
+        self._away = deque((now_s, rows) for _, rows in self._away)
+        self._unseen = len(self._away)
 
     def company(self, now_s: float, horizon_s: float) -> Company:
         """Who will probably be back soon."""
@@ -102,4 +111,7 @@ class Returns:
     def _forget(self, now_s: float, horizon_s: float) -> None:
         while self._away and now_s - self._away[0][0] > horizon_s:
             self._away.popleft()
-            self._returned.add(0.0)
+            if self._unseen:
+                self._unseen -= 1
+            else:
+                self._returned.add(0.0)

@@ -7,17 +7,17 @@ Every method is told the time. So a simulation runs the same code as the agent; 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable, Dict, List, Optional, Sequence
 
 from device_agent.affinity import ANYWHERE, Placement
+from device_agent.batching.handover import Handovers
 from device_agent.batching.job import DeadlineExceeded, Job, QueueFull
 from device_agent.batching.latency import PREPARING_RUNS, LatencyModel
 from device_agent.batching.policy import (
     Decision,
     Learned,
     PolicySettings,
-    clearing_s,
     decide,
     look,
     saved_s,
@@ -31,17 +31,19 @@ from device_agent.batching.smoothed import Smoothed
 INLINE_BELOW_S = 60e-6  # about what handing a batch to a thread and back costs
 # On a single core a thread overlaps nothing with the event loop, and what it costs to go there and back is
 # lost. Longer runs still go to a thread, so that health checks and refusals do not wait for them.
-_INLINE_ON_ONE_CORE_BELOW_S = 5e-3
-_HANDOVER_S = 100e-6
-_INLINE_HANDOVER_S = 20e-6
+_INLINE_ON_ONE_CORE_BELOW_S = 10e-3
+_INLINE_ON_ONE_CORE_IN_TIME_BELOW_S = 5e-3  # where it matters when a request is seen
+_BETWEEN_S = 100e-6
 _PLANNED_FRACTION = 0.9  # of the objective; reading, answering and the way to the client take the rest
 _MIN_GAIN_S = 200e-6  # a loop's timers are not much finer, and clients need as long to come back
 _REFRESH_RUNS = 16
-_WORTH_FRACTION = 0.05
+_WORTH_FRACTION = 0.03
 _WORTH_FRACTION_WITH_LEVELS = 0.25  # the highest level waits for the whole of a run that goes on
-# Where no larger batch is thought to pay, one is tried now and then: what was learned may be out of date, and
-# runs of one size say nothing of others. Each try that changes nothing doubles the time to the next.
+# Where no larger batch is thought to pay, some are tried now and then: what was learned may be out of date,
+# and runs of one size say nothing of others. They alternate with the usual ones, so that a slow moment of the
+# device speaks against neither. Each try that changes nothing doubles the time to the next.
 _LOOK_LEAST_ROWS = 4
+_LOOK_BATCHES = PREPARING_RUNS + 5
 _LOOK_EVERY_RUNS = 64
 _LOOK_AT_LEAST_EVERY_RUNS = 4096
 _FIRST = Decision(take=(0,))
@@ -95,13 +97,14 @@ class Scheduler:
         latency: what a batch costs; learned.
         queue: what waits.
         busy: whether a batch runs.
+        inline: whether it runs on the event loop.
     """
 
     def __init__(self, settings: BatcherSettings) -> None:
         delay_us = settings.batching.max_queue_delay_microseconds
         self.latency = LatencyModel()
         self.queue = JobQueue()
-        self.busy = False
+        self.busy = self.inline = False
         self._settings = settings
         self._policy = PolicySettings(
             settings.max_batch_size,
@@ -109,15 +112,22 @@ class Scheduler:
             settings.batching.preferred_batch_size,
             _WORTH_FRACTION if settings.batching.priority_levels < 2 else _WORTH_FRACTION_WITH_LEVELS,
         )
+        self._learns_sizes = not delay_us and not settings.batching.preferred_batch_size
         self._waits_for_returns = delay_us is None and settings.max_batch_size > 1
         self._returns = Returns()
         self._free_at_s = 0.0  # when the running batch should end
         self._finished_s: Optional[float] = None  # when the last one did, with others waiting
-        self._between_s = Smoothed(_HANDOVER_S, memory=64)  # from one batch to the next
+        self._between_s = Smoothed(
+            _BETWEEN_S, memory=64
+        )  # from one batch to the next, whatever ran meanwhile
+        self._handovers = Handovers()
+        self._inline_below_s = _inline_below_s(settings)
+        self._turns_s: List[float] = []  # by rows; worked out now and then
         self._error: Dict[int, Smoothed] = {}  # actual over forecast time in the queue, by level
         self._runs = 0
         self._runs_by_rows: Dict[int, int] = {}
         self._look_at_run, self._look_every_runs = _LOOK_EVERY_RUNS, _LOOK_EVERY_RUNS
+        self._looked_at = 0  # batches of the try that is under way
         self._steady_size = settings.max_batch_size
         self._horizon_s = 0.0  # a return later than this is not worth waiting for
 
@@ -173,6 +183,7 @@ class Scheduler:
             return Step([], late)
         decision = self._decide(now_s)
         if not decision.take or not may_run(self.expected_s([self.queue.jobs[i] for i in decision.take])):
+            self._handovers.held_up()
             return Step([], late, decision.wake_at_s)
         return Step(self.queue.take(decision.take), late)
 
@@ -187,30 +198,36 @@ class Scheduler:
 
     def _goes_alone(self) -> bool:
         """Whether there is nothing to choose: the usual case, which should cost nothing."""
-        if self._policy.max_queue_delay_s or self._policy.preferred_sizes:
+        if not self._learns_sizes:
             return False
         return self._steady_size == 1 or (len(self.queue) == 1 and not self._horizon_s)
 
     def _should_look(self) -> bool:
-        if self._runs < self._look_at_run or self.queue.rows <= self._steady_size:
+        if self._runs < self._look_at_run or self._runs % 2 or self.queue.rows <= self._steady_size:
             return False
-        return self._steady_size < self._policy.max_batch_size and not self._policy.preferred_sizes
+        return self._steady_size < self._policy.max_batch_size and self._learns_sizes
 
     def _looked(self) -> None:
+        self._looked_at += 1
+        if self._looked_at < _LOOK_BATCHES:
+            return
+        self._looked_at = 0
         self._look_at_run = self._runs + self._look_every_runs
         self._look_every_runs = min(2 * self._look_every_runs, _LOOK_AT_LEAST_EVERY_RUNS)
 
     def started(self, batch: Sequence[Job], now_s: float) -> None:
-        """A batch of :meth:`next` starts now."""
+        """A batch of :meth:`next` starts now; ``inline`` says where."""
         self.busy = True
         self.queue.ran(batch)
         rows = sum(job.rows for job in batch)
         if len(batch) > 1 and rows > self._steady_size:
             self._looked()
         expected_s = self.latency.predict(rows) or 0.0
+        self.inline = 0.0 < expected_s < self.inline_below_s
         self._free_at_s = now_s + expected_s
         if self._finished_s is not None:
             self._between_s.add(now_s - self._finished_s)
+        self._handovers.started(now_s)
         for job in batch:
             if job.forecast_s > expected_s:
                 self._learn_error(job, now_s)
@@ -221,11 +238,15 @@ class Scheduler:
         first = batch[0]
         if first.error is None and self._is_prepared(first.batch_rows):
             self.latency.observe(first.batch_rows, first.finished_s - first.started_s)
-        if self._runs % _REFRESH_RUNS == 0:
+        if self._runs % _REFRESH_RUNS == 0 and not self._looked_at:
             self._refresh()
         self._runs += 1
         self._finished_s = now_s if self.queue.jobs else None
+        if self.queue.jobs:
+            self._handovers.ended(first.batch_rows, batch[-1].finished_s, self.inline)
         if self._horizon_s:
+            if self.inline:
+                self._returns.nobody_looked(now_s)
             self._returns.answered([job.rows for job in batch], now_s)
 
     def _is_prepared(self, rows: int) -> bool:
@@ -243,13 +264,11 @@ class Scheduler:
     def inline_below_s(self) -> float:
         """Batches that are shorter run on the event loop.
 
-        While somebody may return those are only the shortest: while the loop runs an engine, it does not see
-        when clients come back.
+        While somebody may return for whom the next batch would wait, those are only the shortest: while the
+        loop runs an engine, it does not see when clients come back.
         """
-        if self._settings.own_thread:
-            return 0.0
-        alone = self._settings.one_core and not (self._horizon_s and self._returns.anybody_away)
-        return _INLINE_ON_ONE_CORE_BELOW_S if alone else INLINE_BELOW_S
+        awaits = self._horizon_s and self._returns.anybody_away and not self.queue.jobs
+        return min(self._inline_below_s, INLINE_BELOW_S) if awaits else self._inline_below_s
 
     @property
     def minds_arrivals(self) -> bool:
@@ -263,16 +282,19 @@ class Scheduler:
 
     def _learned(self, now_s: float) -> Learned:
         company = self._returns.company(now_s, self._horizon_s) if self._horizon_s else NOBODY
-        return Learned(self.latency.predict, self._handover_s(), company, self._steady_size)
+        return Learned(self.latency.predict, self._turn_s, company, self._steady_size)
 
-    def _handover_s(self) -> float:
-        one_s = self.latency.predict(1)
-        inline = one_s is not None and one_s < self.inline_below_s
-        return _INLINE_HANDOVER_S if inline else _HANDOVER_S
+    def _turn_s(self, rows: int) -> float:
+        if rows < len(self._turns_s):
+            return self._turns_s[rows]
+        return (self.latency.predict(rows) or 0.0) + self._handovers.lost_s(rows, self._is_inline(rows))
 
     def _refresh(self) -> None:
         """What changes slowly is not worked out for every request."""
-        learned = Learned(self.latency.predict, self._handover_s())
+        self._policy = replace(self._policy, max_batch_size=self._largest_size())
+        self._turns_s.clear()
+        self._turns_s.extend([self._turn_s(rows) for rows in range(self._policy.max_batch_size + 1)])
+        learned = Learned(self.latency.predict, self._turn_s)
         before, self._steady_size = self._steady_size, steady_size(learned, self._policy)
         if self._steady_size > before:
             self._look_every_runs = _LOOK_EVERY_RUNS
@@ -281,6 +303,20 @@ class Scheduler:
             self._horizon_s = gain_s if gain_s >= _MIN_GAIN_S else 0.0
         else:
             self._horizon_s = 0.0
+
+    def _largest_size(self) -> int:
+        """Rows of the largest batch to be made: on a single core, of those that still run on the event loop.
+
+        What a larger one gains is less than its thread costs, which shares the core and its caches with a
+        loop that wakes up for every request that comes.
+        """
+        sizes = range(1, self._settings.max_batch_size + 1)
+        if not self._settings.one_core or not self._is_inline(1) or not self._learns_sizes:
+            return sizes[-1]
+        return max(size for size in sizes if self._is_inline(size))
+
+    def _is_inline(self, rows: int) -> bool:
+        return (self.latency.predict(rows) or math.inf) < self._inline_below_s
 
     def _learn_error(self, job: Job, now_s: float) -> None:
         error = self._error.setdefault(job.level, Smoothed(1.0, memory=64))
@@ -302,8 +338,7 @@ class Scheduler:
         free_s = max(0.0, self._free_at_s - now_s) if self.busy else 0.0
         ahead = self.queue.rows_ahead(job)
         batches = math.ceil(max(0, ahead + job.rows - self._steady_size) / self._steady_size)
-        each = Learned(self.latency.predict, self._between_s.mean)
-        turn_s = clearing_s(self._steady_size, self._steady_size, each)
+        turn_s = (self.latency.predict(self._steady_size) or 0.0) + self._between_s.mean
         job.forecast_s = free_s + (self._between_s.mean if ahead or self.busy else 0.0) + batches * turn_s
         error = self._error.get(job.level)
         wait_s = job.forecast_s * (max(1.0, error.mean + error.deviation) if error else 1.0)
@@ -334,3 +369,13 @@ class Scheduler:
         job.start_by_s = job.finish_by_s = math.inf
         self.queue.add(job)
         return True
+
+
+def _inline_below_s(settings: BatcherSettings) -> float:
+    """Shorter runs are worth holding up the event loop."""
+    if settings.own_thread:
+        return 0.0
+    if not settings.one_core:
+        return INLINE_BELOW_S
+    in_time = settings.slo_s is not None or settings.batching.priority_levels > 1
+    return _INLINE_ON_ONE_CORE_IN_TIME_BELOW_S if in_time else _INLINE_ON_ONE_CORE_BELOW_S

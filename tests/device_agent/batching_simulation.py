@@ -40,13 +40,22 @@ class Log:
 
 
 class Simulation:
-    """One engine whose runs take ``run_s(rows, now_s)``, and whoever asks it."""
+    """One engine whose runs take ``run_s(rows, now_s)``, and whoever asks it.
 
-    def __init__(self, settings: BatcherSettings, run_s: Callable[[int, float], float]) -> None:
+    After each it stands still for ``lost_s(rows)``.
+    """
+
+    def __init__(
+        self,
+        settings: BatcherSettings,
+        run_s: Callable[[int, float], float],
+        lost_s: Callable[[int], float] = lambda rows: 0.0,
+    ) -> None:
         self.scheduler = Scheduler(settings)
         self.log = Log()
         self.now_s = 0.0
         self._run_s = run_s
+        self._lost_s = lost_s
         self._events: List[Tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._on_answer: Dict[Job, Callable[[], None]] = {}
@@ -108,7 +117,7 @@ class Simulation:
         started_s, finished_s = self.now_s, self.now_s + self._run_s(rows, self.now_s)
         for job in batch:
             job.started_s, job.finished_s, job.batch_rows = started_s, finished_s, rows
-        self._at(finished_s, lambda: self._finish(batch))
+        self._at(finished_s + self._lost_s(rows), lambda: self._finish(batch))
 
     def _finish(self, batch: List[Job]) -> None:
         self.scheduler.finished(batch, self.now_s)
