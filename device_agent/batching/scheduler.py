@@ -33,6 +33,7 @@ INLINE_BELOW_S = 60e-6  # about what handing a batch to a thread and back costs
 # lost. Longer runs still go to a thread, so that health checks and refusals do not wait for them.
 _INLINE_ON_ONE_CORE_BELOW_S = 10e-3
 _INLINE_ON_ONE_CORE_IN_TIME_BELOW_S = 5e-3  # where it matters when a request is seen
+_IN_TIME_FOR_RUNS = 64  # after a request that has a deadline
 _BETWEEN_S = 100e-6
 _PLANNED_FRACTION = 0.9  # of the objective; reading, answering and the way to the client take the rest
 _MIN_GAIN_S = 200e-6  # a loop's timers are not much finer, and clients need as long to come back
@@ -121,7 +122,7 @@ class Scheduler:
             _BETWEEN_S, memory=64
         )  # from one batch to the next, whatever ran meanwhile
         self._handovers = Handovers()
-        self._inline_below_s = _inline_below_s(settings)
+        self._in_time_until_run = 0
         self._turns_s: List[float] = []  # by rows; worked out now and then
         self._error: Dict[int, Smoothed] = {}  # actual over forecast time in the queue, by level
         self._runs = 0
@@ -154,6 +155,7 @@ class Scheduler:
         if self._settings.slo_s is not None:
             job.finish_by_s = now_s + _PLANNED_FRACTION * self._settings.slo_s
         if is_timed(job):
+            self._in_time_until_run = self._runs + _IN_TIME_FOR_RUNS
             self._check_forecast(job, now_s)
         self.queue.add(job)
 
@@ -268,7 +270,20 @@ class Scheduler:
         loop runs an engine, it does not see when clients come back.
         """
         awaits = self._horizon_s and self._returns.anybody_away and not self.queue.jobs
-        return min(self._inline_below_s, INLINE_BELOW_S) if awaits else self._inline_below_s
+        return min(self._worth_holding_up_s, INLINE_BELOW_S) if awaits else self._worth_holding_up_s
+
+    @property
+    def _worth_holding_up_s(self) -> float:
+        """Shorter runs are worth holding up the event loop."""
+        settings = self._settings
+        if settings.own_thread:
+            return 0.0
+        if not settings.one_core:
+            return INLINE_BELOW_S
+        in_time = settings.slo_s is not None or settings.batching.priority_levels > 1
+        if in_time or self._runs < self._in_time_until_run:
+            return _INLINE_ON_ONE_CORE_IN_TIME_BELOW_S
+        return _INLINE_ON_ONE_CORE_BELOW_S
 
     @property
     def minds_arrivals(self) -> bool:
@@ -316,7 +331,7 @@ class Scheduler:
         return max(size for size in sizes if self._is_inline(size))
 
     def _is_inline(self, rows: int) -> bool:
-        return (self.latency.predict(rows) or math.inf) < self._inline_below_s
+        return (self.latency.predict(rows) or math.inf) < self._worth_holding_up_s
 
     def _learn_error(self, job: Job, now_s: float) -> None:
         error = self._error.setdefault(job.level, Smoothed(1.0, memory=64))
@@ -369,13 +384,3 @@ class Scheduler:
         job.start_by_s = job.finish_by_s = math.inf
         self.queue.add(job)
         return True
-
-
-def _inline_below_s(settings: BatcherSettings) -> float:
-    """Shorter runs are worth holding up the event loop."""
-    if settings.own_thread:
-        return 0.0
-    if not settings.one_core:
-        return INLINE_BELOW_S
-    in_time = settings.slo_s is not None or settings.batching.priority_levels > 1
-    return _INLINE_ON_ONE_CORE_IN_TIME_BELOW_S if in_time else _INLINE_ON_ONE_CORE_BELOW_S

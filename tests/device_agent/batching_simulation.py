@@ -64,11 +64,11 @@ class Simulation:
                 self.scheduler.latency.observe(rows, run_s(rows, 0.0))
 
     def closed_loop(
-        self, clients: int, think_s: Callable[[], float], rows: int = 1, priority: int = 0
+        self, clients: int, think_s: Callable[[], float], rows: int = 1, priority: int = 0, **job: Any
     ) -> None:
         """Clients that send their next request ``think_s()`` after an answer."""
         for number in range(clients):
-            self._at(number * 1e-4, lambda: self._send(rows, priority, think_s))
+            self._at(number * 1e-4, lambda: self._send(rows, priority, think_s, **job))
 
     def open_loop(self, arrivals_s: Sequence[float], priority: int = 0, rows: int = 1, **job: Any) -> None:
         """Requests at given times."""
@@ -92,7 +92,7 @@ class Simulation:
         if think_s is not None:
             again_s = think_s
             self._on_answer[job] = lambda: self._at(
-                self.now_s + again_s(), lambda: self._send(rows, priority, again_s)
+                self.now_s + again_s(), lambda: self._send(rows, priority, again_s, **job_settings)
             )
         try:
             self.scheduler.admit(job, self.now_s)
