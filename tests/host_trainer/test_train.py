@@ -349,3 +349,23 @@ def test_another_run_s_directory_is_refused(alone: Path) -> None:
     """What would change the steps cannot change in the middle of a run; the key is named."""
     with pytest.raises(ConfigError, match=r"optimize\.batch_size"):
         train(settings(alone, optimize__batch_size=12, data__eval="training:held_out"))
+
+
+def test_a_process_of_several_ends_by_its_own_code() -> None:
+    """What a native library does at the end of the process cannot make a finished run a failed one."""
+    aborts = (
+        "import atexit, os, runpy; atexit.register(os.abort);"
+        "runpy.run_module('host_trainer', run_name='__main__')"
+    )
+    ended = {
+        world: subprocess.run(
+            [sys.executable, "-c", aborts],
+            env={**os.environ, "WORLD_SIZE": world},
+            capture_output=True,
+            text=True,
+        )
+        for world in ("1", "2")
+    }
+    assert ended["1"].returncode == -signal.SIGABRT  # so it would be
+    assert ended["2"].returncode == 2
+    assert "python -m host_trainer" in ended["2"].stderr
