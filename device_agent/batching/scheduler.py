@@ -209,7 +209,13 @@ class Scheduler:
             return False
         return self._steady_size < self._policy.max_batch_size and self._learns_sizes
 
+    def _is_looking(self) -> bool:
+        """Whether a try is under way, of which nothing should be made before it is done."""
+        return self._looked_at > 0 and self._runs < self._look_at_run + _LOOK_EVERY_RUNS
+
     def _looked(self) -> None:
+        if not self._looked_at:
+            self._look_at_run = self._runs
         self._looked_at += 1
         if self._looked_at < _LOOK_BATCHES:
             return
@@ -240,7 +246,7 @@ class Scheduler:
         first = batch[0]
         if first.error is None and self._is_prepared(first.batch_rows):
             self.latency.observe(first.batch_rows, first.finished_s - first.started_s)
-        if self._runs % _REFRESH_RUNS == 0 and not self._looked_at:
+        if self._runs % _REFRESH_RUNS == 0 and not self._is_looking():
             self._refresh()
         self._runs += 1
         self._finished_s = now_s if self.queue.jobs else None
@@ -297,9 +303,10 @@ class Scheduler:
 
     def _learned(self, now_s: float) -> Learned:
         company = self._returns.company(now_s, self._horizon_s) if self._horizon_s else NOBODY
-        return Learned(self.latency.predict, self._turn_s, company, self._steady_size)
+        return Learned(self.latency.predict, self.turn_s, company, self._steady_size)
 
-    def _turn_s(self, rows: int) -> float:
+    def turn_s(self, rows: int) -> float:
+        """Expected seconds from the start of a batch of ``rows`` to the start of the next, if others wait."""
         if rows < len(self._turns_s):
             return self._turns_s[rows]
         return (self.latency.predict(rows) or 0.0) + self._handovers.lost_s(rows, self._is_inline(rows))
@@ -308,8 +315,8 @@ class Scheduler:
         """What changes slowly is not worked out for every request."""
         self._policy = replace(self._policy, max_batch_size=self._largest_size())
         self._turns_s.clear()
-        self._turns_s.extend([self._turn_s(rows) for rows in range(self._policy.max_batch_size + 1)])
-        learned = Learned(self.latency.predict, self._turn_s)
+        self._turns_s.extend([self.turn_s(rows) for rows in range(self._policy.max_batch_size + 1)])
+        learned = Learned(self.latency.predict, self.turn_s)
         before, self._steady_size = self._steady_size, steady_size(learned, self._policy)
         if self._steady_size > before:
             self._look_every_runs = _LOOK_EVERY_RUNS

@@ -122,6 +122,23 @@ def test_batches_on_a_single_core_end_in_time_for_others() -> None:
         assert max(batches[100:]) > 1
 
 
+def test_a_try_that_is_broken_off_does_not_end_the_learning() -> None:
+    """Where the crowd is gone before enough larger batches were seen, a device that throttles is noticed."""
+    slow = 1.0
+
+    def throttled(rows: int, now_s: float) -> float:
+        return slow * steady(rows, now_s)
+
+    simulation = Simulation(BatcherSettings(16), throttled)
+    simulation.open_loop([0.0] * 90)
+    simulation.run(1.0)
+    assert max(simulation.log.batches[-4:]) > 1
+    slow = 3.0
+    simulation.open_loop([1.0 + 0.02 * number for number in range(200)])
+    simulation.run(6.0)
+    assert simulation.scheduler.turn_s(1) == pytest.approx(3 * steady(1, 0.0), rel=0.1)
+
+
 def test_a_slow_moment_does_not_decide_what_batches_are_worth() -> None:
     """On a device where one run in six takes twice as long, batches that pay are used nevertheless."""
     rng = random.Random(0)
