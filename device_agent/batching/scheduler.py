@@ -32,8 +32,9 @@ INLINE_BELOW_S = 60e-6  # about what handing a batch to a thread and back costs
 # On a single core a thread overlaps nothing with the event loop, and what it costs to go there and back is
 # lost. Longer runs still go to a thread, so that health checks and refusals do not wait for them.
 _INLINE_ON_ONE_CORE_BELOW_S = 10e-3
-_INLINE_ON_ONE_CORE_IN_TIME_BELOW_S = 5e-3  # where it matters when a request is seen
-_IN_TIME_FOR_RUNS = 64  # after a request that has a deadline
+_INLINE_WITH_LEVELS_BELOW_S = 5e-3  # the highest level is not seen meanwhile
+_INLINE_DEADLINE_FRACTION = 0.2  # of the time that requests have lately had
+_LATELY_RUNS = 64
 _BETWEEN_S = 100e-6
 _PLANNED_FRACTION = 0.9  # of the objective; reading, answering and the way to the client take the rest
 _MIN_GAIN_S = 200e-6  # a loop's timers are not much finer, and clients need as long to come back
@@ -122,7 +123,8 @@ class Scheduler:
             _BETWEEN_S, memory=64
         )  # from one batch to the next, whatever ran meanwhile
         self._handovers = Handovers()
-        self._in_time_until_run = 0
+        self._tightest_s, self._tightest_until_run = math.inf, 0  # time that requests have lately had
+        self._blind_s, self._seeing_since_s = 0.0, 0.0  # the last run on the loop: how long, and its end
         self._turns_s: List[float] = []  # by rows; worked out now and then
         self._error: Dict[int, Smoothed] = {}  # actual over forecast time in the queue, by level
         self._runs = 0
@@ -155,9 +157,19 @@ class Scheduler:
         if self._settings.slo_s is not None:
             job.finish_by_s = now_s + _PLANNED_FRACTION * self._settings.slo_s
         if is_timed(job):
-            self._in_time_until_run = self._runs + _IN_TIME_FOR_RUNS
+            self._note_deadline(job, now_s)
             self._check_forecast(job, now_s)
         self.queue.add(job)
+
+    def _note_deadline(self, job: Job, now_s: float) -> None:
+        """Learn how long runs may hold up the loop; count the time in which the last one did as gone."""
+        allowed_s = min(job.start_by_s, job.finish_by_s) - now_s
+        if allowed_s <= self._tightest_s or self._runs >= self._tightest_until_run:
+            self._tightest_s, self._tightest_until_run = allowed_s, self._runs + _LATELY_RUNS
+        if now_s - self._seeing_since_s < self._blind_s:
+            unseen_s = min(self._blind_s, _INLINE_DEADLINE_FRACTION * allowed_s)
+            job.start_by_s -= unseen_s
+            job.finish_by_s -= unseen_s
 
     def remove(self, job: Job) -> bool:
         """Forget a job; whether it was still waiting."""
@@ -244,6 +256,8 @@ class Scheduler:
         """A batch has ended; ``started_s`` and ``finished_s`` of its jobs are set."""
         self.busy = False
         first = batch[0]
+        if self.inline:
+            self._blind_s, self._seeing_since_s = now_s - first.started_s, now_s
         if first.error is None and self._is_prepared(first.batch_rows):
             self.latency.observe(first.batch_rows, first.finished_s - first.started_s)
         if self._runs % _REFRESH_RUNS == 0 and not self._is_looking():
@@ -286,10 +300,11 @@ class Scheduler:
             return 0.0
         if not settings.one_core:
             return INLINE_BELOW_S
-        in_time = settings.slo_s is not None or settings.batching.priority_levels > 1
-        if in_time or self._runs < self._in_time_until_run:
-            return _INLINE_ON_ONE_CORE_IN_TIME_BELOW_S
-        return _INLINE_ON_ONE_CORE_BELOW_S
+        has_levels = settings.batching.priority_levels > 1
+        below_s = _INLINE_WITH_LEVELS_BELOW_S if has_levels else _INLINE_ON_ONE_CORE_BELOW_S
+        if self._runs < self._tightest_until_run:
+            below_s = min(below_s, _INLINE_DEADLINE_FRACTION * self._tightest_s)
+        return below_s
 
     @property
     def minds_arrivals(self) -> bool:

@@ -42,7 +42,7 @@ class Log:
 class Simulation:
     """One engine whose runs take ``run_s(rows, now_s)``, and whoever asks it.
 
-    After each it stands still for ``lost_s(rows)``.
+    After each it stands still for ``lost_s(rows)``. What is sent while a run holds up the loop is read later.
     """
 
     def __init__(
@@ -59,6 +59,8 @@ class Simulation:
         self._events: List[Tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._on_answer: Dict[Job, Callable[[], None]] = {}
+        self._sent_s: Dict[Job, float] = {}
+        self._unread: List[Job] = []
         for rows in (1, 2, 4, 8, 16):  # the warm-up
             if rows <= settings.max_batch_size:
                 self.scheduler.latency.observe(rows, run_s(rows, 0.0))
@@ -94,12 +96,19 @@ class Simulation:
             self._on_answer[job] = lambda: self._at(
                 self.now_s + again_s(), lambda: self._send(rows, priority, again_s, **job_settings)
             )
+        self._sent_s[job] = self.now_s
+        if self.scheduler.busy and self.scheduler.inline:
+            self._unread.append(job)
+        elif self._read(job):
+            self._step()
+
+    def _read(self, job: Job) -> bool:
         try:
             self.scheduler.admit(job, self.now_s)
         except TurnedAway:
             self._done(job, self.log.refused)
-        else:
-            self._step()
+            return False
+        return True
 
     def _step(self) -> None:
         step = self.scheduler.next(self.now_s)
@@ -121,12 +130,15 @@ class Simulation:
 
     def _finish(self, batch: List[Job]) -> None:
         self.scheduler.finished(batch, self.now_s)
+        unread, self._unread = self._unread, []
+        for job in unread:
+            self._read(job)
         self._step()
         for number, job in enumerate(batch, start=1):
             self._at(self.now_s + number * ANSWER_S, lambda job=job: self._done(job, self.log.answered))
 
     def _done(self, job: Job, where: List[Tuple[int, float]]) -> None:
-        where.append((job.level, self.now_s - job.arrived_s))
+        where.append((job.level, self.now_s - self._sent_s.pop(job)))
         again = self._on_answer.pop(job, None)
         if again is not None:
             again()

@@ -111,8 +111,8 @@ def test_what_is_lost_between_runs_is_shared_by_a_batch(clients: int, one_core: 
 
 
 def test_batches_on_a_single_core_end_in_time_for_others() -> None:
-    """Where a run holds up the loop, a batch does so for ten milliseconds at most; five with deadlines."""
-    for slo_s, timeout_s, most in ((None, None, 10e-3), (1.0, None, 5e-3), (None, 1.0, 5e-3)):
+    """Where a run holds up the loop, it does so for ten milliseconds, or a fifth of the time given."""
+    for slo_s, timeout_s, most in ((None, None, 10e-3), (0.03, None, 6e-3), (None, 0.03, 6e-3)):
         simulation = Simulation(
             BatcherSettings(16, one_core=True, slo_s=slo_s), steady, lost_s=lambda rows: 500e-6
         )
@@ -222,17 +222,21 @@ def test_a_return_that_nobody_could_see_teaches_nothing() -> None:
 
 @pytest.mark.parametrize("run_s", [steady, shared])
 @pytest.mark.parametrize("load", [1.2, 3.0])
+@pytest.mark.parametrize(("one_core", "at_once_s"), [(False, 1e-3), (True, 10e-3)])
 def test_overload_is_refused_at_once_and_the_rest_keeps_the_objective(
-    run_s: Callable[[int, float], float], load: float
+    run_s: Callable[[int, float], float], load: float, one_core: bool, at_once_s: float
 ) -> None:
-    """Accepted requests stay within the objective, nine of ten refusals are immediate, the engine is used."""
+    """Accepted requests stay within the objective, nine of ten refusals are immediate, the engine is used.
+
+    On a single core also those are, which come while a run holds up the loop; they are refused after it.
+    """
     capacity = CAPACITY if run_s is steady else 16 / shared(16, 0.0)
-    simulation = Simulation(BatcherSettings(16, slo_s=SLO_S), run_s)
+    simulation = Simulation(BatcherSettings(16, slo_s=SLO_S, one_core=one_core), run_s)
     simulation.open_loop(poisson(load * capacity, 4.0, seed=2))
     log = simulation.run(6.0)
     assert log.p99_s() <= SLO_S
     assert len(log.answered) >= 0.95 * 4.0 * capacity
-    late = sum(seconds > 1e-3 for _, seconds in log.refused)
+    late = sum(seconds > at_once_s for _, seconds in log.refused)
     assert late <= 0.1 * len(log.refused)
 
 
