@@ -87,8 +87,8 @@ def parse(data: bytes) -> Envelope:
         (signature,) = envelope["signatures"]
         hint = document["verificationMaterial"]["publicKey"]["hint"]
         parsed = Envelope(
-            payload=base64.b64decode(envelope["payload"], validate=True),
-            signature=base64.b64decode(signature["sig"], validate=True),
+            payload=_decode(envelope["payload"]),
+            signature=_decode(signature["sig"]),
             key_hint=str(hint),
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -96,6 +96,14 @@ def parse(data: bytes) -> Envelope:
     if media_type != MEDIA_TYPE or payload_type != PAYLOAD_TYPE:
         raise EnvelopeError(f"it is of another kind: {media_type}, {payload_type}")
     return parsed
+
+
+def _decode(text: str) -> bytes:
+    """Bytes of canonical Base64: bits that nothing uses are zero (RFC 4648, section 3.5)."""
+    data = base64.b64decode(text, validate=True)
+    if base64.b64encode(data).decode() != text:
+        raise ValueError("it is not canonical Base64")
+    return data
 
 
 def _hash_for(key: ec.EllipticCurvePublicKey) -> Any:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device_agent import archive, signature
+from device_agent import archive, envelope, signature
 from device_agent import keys as key_module
 from device_agent.errors import BadInput, ManifestError, TrustError
 from device_agent.signature import Trust
@@ -202,6 +202,19 @@ def test_no_change_to_a_signature_survives(
         return
     before, after = json.loads((head.signature or b"").decode()), json.loads(bytes(raw).decode())
     assert after["dsseEnvelope"]["payload"] == before["dsseEnvelope"]["payload"]
+
+
+@pytest.mark.parametrize("payload", [b"1", b"22"])
+def test_bits_that_nothing_uses_cannot_be_changed_either(payload: bytes) -> None:
+    """The last character of Base64 may have bits that are thrown away; setting them is refused."""
+    sealed = envelope.seal(payload, ec.generate_private_key(ec.SECP256R1()))
+    text = base64.b64encode(payload).decode()
+    last = text.rstrip("=")[-1]
+    changed = text.replace(last, chr(ord(last) + 1))
+    assert base64.b64decode(changed, validate=True) == payload
+    assert envelope.parse(sealed).payload == payload
+    with pytest.raises(envelope.EnvelopeError):
+        envelope.parse(sealed.replace(text.encode(), changed.encode()))
 
 
 def _model_signing() -> str:
