@@ -56,8 +56,8 @@ def _report(error: TrainingError) -> None:
 def _leave(code: int) -> NoReturn:
     """End the process, with its work saved and its files closed.
 
-    One of several does not wait for the destructors of native libraries: on a busy machine a thread of the
-    collectives was seen to outlive its group, for which they abort a process that has done all its work.
+    One of several does not wait for what native libraries do at the end: on a busy machine such a process,
+    with all its work done, was seen to abort there ("terminate called without an active exception").
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(code)

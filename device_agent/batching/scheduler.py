@@ -119,9 +119,8 @@ class Scheduler:
         self._returns = Returns()
         self._free_at_s = 0.0  # when the running batch should end
         self._finished_s: Optional[float] = None  # when the last one did, with others waiting
-        self._between_s = Smoothed(
-            _BETWEEN_S, memory=64
-        )  # from one batch to the next, whatever ran meanwhile
+        # From one batch to the next, whatever ran meanwhile: what those that wait have to expect.
+        self._between_s = Smoothed(_BETWEEN_S, memory=64)
         self._handovers = Handovers()
         self._tightest_s, self._tightest_until_run = math.inf, 0  # time that requests have lately had
         self._blind_s, self._seeing_since_s = 0.0, 0.0  # the last run on the loop: how long, and its end
@@ -176,7 +175,14 @@ class Scheduler:
         if job not in self.queue.jobs:
             return False
         self.queue.take([self.queue.jobs.index(job)])
+        if not self.queue.jobs:
+            self._nobody_waits()
         return True
+
+    def _nobody_waits(self) -> None:
+        """What passes until the next batch is not the time between two."""
+        self._finished_s = None
+        self._handovers.held_up()
 
     # The engine is free
 
@@ -194,6 +200,7 @@ class Scheduler:
             return Step([], [])
         late = self._take_late(now_s) if self.queue.timed else []
         if not self.queue.jobs:
+            self._nobody_waits()
             return Step([], late)
         decision = self._decide(now_s)
         if not decision.take or not may_run(self.expected_s([self.queue.jobs[i] for i in decision.take])):

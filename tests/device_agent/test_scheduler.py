@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from batching_simulation import Simulation
 from device_agent.batching.job import Job, QueueFull
 from device_agent.batching.returns import NOBODY, Returns
-from device_agent.batching.scheduler import BatcherSettings
+from device_agent.batching.scheduler import BatcherSettings, Scheduler
 from device_agent.batching.settings import Batching, QueuePolicy
 
 SLO_S = 0.05
@@ -137,6 +137,22 @@ def test_a_try_that_is_broken_off_does_not_end_the_learning() -> None:
     simulation.open_loop([1.0 + 0.02 * number for number in range(200)])
     simulation.run(6.0)
     assert simulation.scheduler.turn_s(1) == pytest.approx(3 * steady(1, 0.0), rel=0.1)
+
+
+def test_a_client_that_gives_up_does_not_make_the_device_seem_slow() -> None:
+    """Who waited after a run and is gone did not wait for the next one, which may come an hour later."""
+    scheduler = Scheduler(BatcherSettings(16))
+    for hour in range(40):
+        now_s = 3600.0 * hour
+        first, second = (Job({}, 1, "k", lambda job: None) for _ in range(2))
+        scheduler.admit(first, now_s)
+        (job,) = scheduler.next(now_s).batch
+        scheduler.started([job], now_s)
+        scheduler.admit(second, now_s)
+        job.started_s, job.finished_s, job.batch_rows = now_s, now_s + 2.5e-3, 1
+        scheduler.finished([job], job.finished_s)
+        assert scheduler.remove(second)
+    assert scheduler.turn_s(1) < 3e-3
 
 
 def test_a_slow_moment_does_not_decide_what_batches_are_worth() -> None:
